@@ -1,0 +1,196 @@
+"""Settings of a program: typed defaults declared once, then config files, then the command line.
+
+    @dataclass
+    class Settings:
+        # data
+        batch_size: int = 8  # sequences per process and micro-step
+
+    settings = configure(Settings, "Trains a model.")
+
+    python train.py config/small.py --batch_size=4 --compile
+
+A config file is Python that assigns settings by name (`batch_size = 4`); it runs in a namespace of its own, and names
+that begin with an underscore, imported modules and functions are its own affair. Later files and arguments override
+earlier ones. `--help` prints the declaration: each setting with its type, default and comment.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import io
+import math
+import runpy
+import sys
+import textwrap
+import tokenize
+import types
+import typing
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+class UserError(Exception):
+    """A mistake of the user's or a fault from outside, described in one line; a program that meets it exits with 2."""
+
+
+def run(main, *args):
+    """Runs a program's main(*args); a UserError, or an OSError that nothing below explained, ends it with one line on
+    standard error and exit code 2."""
+    try:
+        main(*args)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'system'}: {error.strerror or error}"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def configure(declaration, description, argv=None, positional=None):
+    """An instance of the dataclass `declaration`, from its defaults, config files and `argv` (the command line).
+
+    Fields may be int, float, str, bool, list[str], or one of them `| None`. `positional` names a list field that takes
+    the arguments that are neither settings nor config files. Raises UserError for an unknown setting, a value of
+    another type, a config file that fails, and a ValueError of the dataclass itself; `--help` prints and exits.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text(declaration, description, positional))
+        sys.exit(0)
+    hints = typing.get_type_hints(declaration)
+    kinds = {f.name: hints[f.name] for f in dataclasses.fields(declaration)}
+    values, seen = {}, set()
+    args = list(argv)
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("--"):
+            if arg.endswith(".py"):
+                values.update(read_config_file(arg, kinds))
+            elif positional:
+                values.setdefault(positional, []).append(arg)
+            else:
+                raise UserError(f"unexpected argument {arg!r}; settings are --name=value, config files end in .py")
+            continue
+        name, has_value, text = arg[2:].partition("=")
+        kind = kind_of(name, kinds, "setting --")
+        if is_list(kind):
+            texts = [text] if has_value else []
+            while not has_value and args and not args[0].startswith("--"):
+                texts.append(args.pop(0))
+            if not texts:
+                raise UserError(f"--{name} expects {kind_name(kind)}, got nothing")
+            values[name] = (values[name] if name in seen else []) + texts
+        else:
+            if not has_value and bool in options(kind):
+                text = args.pop(0) if args and args[0].lower() in TRUE + FALSE else "true"
+            elif not has_value:
+                if not args or args[0].startswith("--"):
+                    raise UserError(f"--{name} expects {kind_name(kind)}, got nothing")
+                text = args.pop(0)
+            values[name] = parse(name, text, kind)
+        seen.add(name)
+    try:
+        return declaration(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def kind_of(name, kinds, what):
+    """The declared type of setting `name`; UserError with the nearest names if there is none."""
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists them"
+        raise UserError(f"unknown {what}{name}{hint}")
+    return kinds[name]
+
+
+def options(kind):
+    """The members of a union type, or the type alone."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def is_list(kind):
+    return any(typing.get_origin(k) is list for k in options(kind))
+
+
+def kind_name(kind):
+    names = {type(None): "none", list[str]: "one or more str"}
+    return " or ".join(names.get(k, getattr(k, "__name__", str(k))) for k in options(kind))
+
+
+def parse(name, text, kind):
+    """`text` from the command line as a value of type `kind`; UserError names the type expected."""
+    for k in options(kind):
+        try:
+            if k is type(None) and text.lower() == "none":
+                return None
+            if k is bool and text.lower() in TRUE + FALSE:
+                return text.lower() in TRUE
+            if k is int:
+                return int(text)
+            if k is float and not math.isnan(float(text)):
+                return float(text)
+            if k is str and not (text.lower() == "none" and type(None) in options(kind)):
+                return text
+        except ValueError:
+            continue
+    raise UserError(f"--{name} expects {kind_name(kind)}, got {text!r}")
+
+
+def read_config_file(path, kinds):
+    """The settings that the Python file `path` assigns; UserError for one that is unknown or of another type."""
+    try:
+        names = runpy.run_path(path)
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror or error}") from None
+    except Exception as error:
+        raise UserError(f"config file {path}: {type(error).__name__}: {error}") from None
+    values = {}
+    for name, value in names.items():
+        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+            continue
+        kind = kind_of(name, kinds, f"setting in {path}: ")
+        if float in options(kind) and type(value) is int:
+            value = float(value)
+        fits = any(type(value) is (typing.get_origin(k) or k) for k in options(kind))
+        if not fits or (is_list(kind) and not all(type(v) is str for v in value or [])):
+            raise UserError(f"config file {path}: {name} expects {kind_name(kind)}, got {value!r}")
+        values[name] = value
+    return values
+
+
+def comments(declaration):
+    """{field: its comment} and {field: the heading before it}, from the source of the dataclass and of its bases."""
+    texts, headings = {}, {}
+    for cls in reversed([c for c in declaration.__mro__ if dataclasses.is_dataclass(c)]):
+        source = textwrap.dedent(inspect.getsource(cls))
+        fields = [f.name for f in dataclasses.fields(cls)]
+        heading = name = None
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            before = token.line[: token.start[1]]
+            if token.type == tokenize.NAME and token.start[1] == 4 and token.string in fields:
+                name = token.string
+                if heading:
+                    headings[name], heading = heading, None
+            elif token.type == tokenize.COMMENT and before.strip() and name:
+                texts[name] = token.string.lstrip("# ")
+            elif token.type == tokenize.COMMENT and token.start[1] == 4:
+                heading = token.string.lstrip("# ")
+    return texts, headings
+
+
+def help_text(declaration, description, positional=None):
+    """The declaration for a reader: every setting with its type, default and comment."""
+    hints, (texts, headings) = typing.get_type_hints(declaration), comments(declaration)
+    lines = [description, "", "usage: python PROGRAM.py [config.py ...] [--name=value ...]" + " [PATH ...]" * bool(positional)]
+    for field in dataclasses.fields(declaration):
+        if field.name in headings:
+            lines += ["", headings[field.name]]
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        head = f"  --{field.name} ({kind_name(hints[field.name])}, {default})"
+        lines += textwrap.wrap(f"{head}  {texts.get(field.name, '')}", 110, subsequent_indent=" " * 8)
+    return "\n".join(lines)

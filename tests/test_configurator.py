@@ -1,0 +1,114 @@
+"""configurator.py: what a user may type, and what a mistake is answered with."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from configurator import UserError, configure
+
+
+@dataclass
+class Base:
+    # shape
+    n_layer: int = 12  # blocks
+    ratio: float = 0.5  # share of something
+
+
+@dataclass
+class Settings(Base):
+    # rest
+    name: str = "pre"  # which one
+    n_head: int | None = None  # heads; none: as many as layers
+    flag: bool = False  # on or off
+    maybe: bool | None = None  # on, off or as it comes
+    input: list[str] = field(default_factory=list)  # paths
+
+    def __post_init__(self):
+        if self.n_layer < 1:
+            raise ValueError(f"n_layer is {self.n_layer}; it must be at least 1")
+
+
+def read(*argv, **kwargs):
+    return configure(Settings, "A program.", list(argv), **kwargs)
+
+
+def test_command_line_forms():
+    s = read("--n_layer=3", "--ratio", "1e-3", "--flag", "--n_head=none", "--maybe=false", "--name", "x=y")
+    assert s == Settings(3, 1e-3, "x=y", None, True, False, [])
+    assert read("--flag", "False").flag is False
+    assert read("--flag", "--n_layer=2") == Settings(n_layer=2, flag=True)
+    assert read("--ratio=2").ratio == 2.0 and isinstance(read("--ratio=2").ratio, float)
+    assert read("--n_layer=3", "--n_layer=4").n_layer == 4
+    assert read("--ratio", "-1").ratio == -1
+    assert read("--input", "a", "b", "--flag", "--input=c").input == ["a", "b", "c"]
+    assert read("--name=none").name == "none"
+
+
+def test_files_and_command_line_override_in_order(tmp_path):
+    first, second = tmp_path / "a.py", tmp_path / "b.py"
+    first.write_text("import math\n_depth = 3\nn_layer = 2 * _depth\nratio = 1\nname = 'a'\ninput = ['x']\ndef helper(): pass\n")
+    second.write_text("name = 'b'\n")
+    s = read(str(first), "--n_head=2", str(second))
+    assert (s.n_layer, s.ratio, s.name, s.n_head, s.input) == (6, 1.0, "b", 2, ["x"])
+    assert read(str(second), str(first)).name == "a"
+    assert read("--name=c", str(first)).name == "a"  # in the order given
+
+
+def test_positional_arguments():
+    assert read("out-a", "--flag", "out-b", positional="input").input == ["out-a", "out-b"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--n_layr=3"], "unknown setting --n_layr; did you mean n_layer"),
+        (["--zzzz=3"], "unknown setting --zzzz; --help lists them"),
+        (["--n_layer=2.5"], "--n_layer expects int, got '2.5'"),
+        (["--n_layer=true"], "--n_layer expects int, got 'true'"),
+        (["--ratio=much"], "--ratio expects float, got 'much'"),
+        (["--ratio=nan"], "--ratio expects float, got 'nan'"),
+        (["--flag=perhaps"], "--flag expects bool, got 'perhaps'"),
+        (["--n_head=two"], "--n_head expects int or none, got 'two'"),
+        (["--n_layer"], "--n_layer expects int, got nothing"),
+        (["--input"], "--input expects one or more str, got nothing"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--n_layer=0"], "n_layer is 0"),
+        (["missing.py"], "config file missing.py: No such file"),
+    ],
+)
+def test_mistakes_on_the_command_line(argv, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(*argv)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("n_layr = 3", "n_layr; did you mean n_layer"),
+        ("n_layer = '3'", "n_layer expects int, got '3'"),
+        ("n_layer = True", "n_layer expects int, got True"),
+        ("flag = 1", "flag expects bool, got 1"),
+        ("name = None", "name expects str, got None"),
+        ("input = [1]", "input expects one or more str"),
+        ("n_layer = ", "SyntaxError"),
+        ("n_layer = 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read(str(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "--n_layer (int, 12)  blocks" in out
+    assert "--n_head (int or none, None)  heads; none: as many as layers" in out
+    assert "--input (one or more str, [])  paths" in out
+    assert out.index("shape") < out.index("--n_layer") < out.index("\nrest") < out.index("--name (")

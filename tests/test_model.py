@@ -1,0 +1,600 @@
+"""model.py against the papers' equations, in value and in gradient."""
+
+import dataclasses
+import math
+import shutil
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from model import GPT, SCHEMES, GPTConfig, Scheme, gate_scale, gpas
+
+ALL = [prefix + name for name in SCHEMES for prefix in ("", "gpas_")]
+
+
+def small(norm, **kwargs):
+    return GPTConfig(**{**dict(block_size=16, vocab_size=29, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, norm=norm), **kwargs})
+
+
+def randomized(config, dtype=torch.float32):
+    """A model with nothing at its initial value: gains around 1, gates of both signs and one that flips the stream."""
+    model = GPT(config).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".gate"):
+                p.copy_(torch.tensor([0.4, -0.7, 2.0, 0.1][int(name.split(".")[1]) % 4]))
+            elif p.dim() == 1:
+                p.copy_(1 + 0.3 * torch.randn_like(p))
+            elif "embed" not in name:
+                p.copy_(torch.randn_like(p) * 1.2 / math.sqrt(p.shape[1]))
+    return model
+
+
+def batch(config, B=2, T=None):
+    idx = torch.randint(0, config.vocab_size, (B, T or config.block_size))
+    targets = torch.randint(0, config.vocab_size, idx.shape)
+    targets[0, :3] = -100
+    return idx, targets
+
+
+def distance(a, b):
+    """|a - b| / |b|."""
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def gradients(model, idx, targets):
+    model.zero_grad()
+    logits, loss = model(idx, targets)
+    loss.backward()
+    return logits.detach(), loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def reference_gradients(model, idx, targets, **kwargs):
+    P = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    logits = reference.forward(P, model.config, idx, **kwargs)
+    loss = reference.loss(logits, targets)
+    return logits.detach(), loss.detach(), dict(zip(P, torch.autograd.grad(loss, P.values())))
+
+
+def worst_gradient(grads, expected):
+    assert grads.keys() == expected.keys()
+    return max(distance(grads[n], expected[n]) for n in expected)
+
+
+# -- every scheme -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_equals_the_papers_equation(norm):
+    model = randomized(small(norm), torch.float64)
+    idx, targets = batch(model.config)
+    logits, loss, grads = gradients(model, idx, targets)
+    expected_logits, expected_loss, expected = reference_gradients(model, idx, targets)
+    assert distance(logits, expected_logits) < 1e-10
+    assert abs(loss - expected_loss) < 1e-10
+    assert worst_gradient(grads, expected) < 1e-10
+
+    model = model.float()
+    logits, loss, grads = gradients(model, idx, targets)
+    assert distance(logits.double(), expected_logits) < 1e-5
+    for name, grad in grads.items():
+        assert distance(grad.double(), expected[name]) < (1e-4 if name.endswith(".gate") else 1e-5), name
+
+
+@pytest.mark.parametrize("options", [dict(n_kv_head=1), dict(n_kv_head=4), dict(qk_norm="head"), dict(qk_norm="full")], ids=str)
+def test_attention_variants_equal_the_reference(options):
+    model = randomized(small("gpas_pre", **options), torch.float64)
+    idx, targets = batch(model.config)
+    logits, _, grads = gradients(model, idx, targets)
+    expected_logits, _, expected = reference_gradients(model, idx, targets)
+    assert distance(logits, expected_logits) < 1e-10
+    assert worst_gradient(grads, expected) < 1e-10
+
+
+@pytest.mark.parametrize("norm", ["gpas_post", "gpas_peri", "lns"])
+def test_layernorm_equals_the_reference(norm):
+    model = randomized(small(norm, norm_type="layernorm"), torch.float64)
+    idx, targets = batch(model.config)
+    logits, _, grads = gradients(model, idx, targets)
+    expected_logits, _, expected = reference_gradients(model, idx, targets, norm=reference.layernorm)
+    assert distance(logits, expected_logits) < 1e-10
+    assert worst_gradient(grads, expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "norm, wrong",
+    [
+        ("gpas_pre", dict(gpas=lambda x, a: x - reference.silu(a) * x)),  # no stop-gradient
+        ("gpas_pre", dict(gpas=lambda x, a: x - a * x.detach())),  # no activation
+        ("gpas_deepnorm", dict(gpas=lambda x, a: x)),  # a gate that is not connected
+        ("peri", dict(norm=reference.layernorm)),
+    ],
+)
+def test_the_comparison_sees_a_wrong_version(norm, wrong):
+    model = randomized(small(norm), torch.float64)
+    idx, targets = batch(model.config)
+    grads = gradients(model, idx, targets)[2]
+    P = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    loss = reference.loss(reference.forward(P, model.config, idx, **wrong), targets)
+    expected = torch.autograd.grad(loss, P.values(), allow_unused=True, materialize_grads=True)
+    assert worst_gradient(grads, dict(zip(P, expected))) > 1e-3
+
+
+def test_no_two_schemes_are_the_same():
+    """From the same matrices each scheme computes something else; sandwich and peri differ by the embedding norm."""
+    outputs = {}
+    for norm in ALL:
+        torch.manual_seed(1)
+        model = randomized(small(norm))
+        for n, p in model.named_parameters():  # gains of the same value everywhere, so that only the placement differs
+            if p.dim() == 1 and not n.endswith(".gate"):
+                torch.nn.init.constant_(p, 0.8)
+            elif p.dim() == 2:
+                torch.manual_seed(len(n))
+                torch.nn.init.normal_(p, std=0.2)
+        outputs[norm] = model(torch.arange(16)[None])[0].detach()
+    names = list(outputs)
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            assert distance(outputs[a], outputs[b]) > 1e-3, (a, b)
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_every_layer_acts_and_every_parameter_learns(norm):
+    model = GPT(small(norm))
+    inputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: inputs.append((args[0].detach(), out.detach())))
+    _, _, grads = gradients(model, *batch(model.config))
+    assert len(inputs) == 4
+    assert all(distance(out, x) > 1e-4 for x, out in inputs)
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("norm", SCHEMES)
+def test_gates_at_zero_give_the_base_scheme_to_the_bit(norm, autocast):
+    results = []
+    for name in (norm, "gpas_" + norm):
+        torch.manual_seed(0)
+        model = GPT(small(name))
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(gradients(model, *batch(model.config)))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, grad in results[0][2].items():
+        assert torch.equal(grad, results[1][2][name]), name
+
+
+def test_a_block_is_a_function_of_the_residual_state():
+    model = randomized(small("gpas_mix", n_layer=8, embed_norm=True))
+    idx, _ = batch(model.config)
+    x = model.embed_norm(model.embed_tokens(idx))
+    for block in model.blocks:
+        x = block(x)
+    assert torch.equal(model.lm_head(model.norm(x)), model(idx)[0])
+    # a moved block keeps its kind: the first two of eight are Post-LN, wherever they stand
+    kinds = [block.attn_residual.post_norm is not None for block in model.blocks]
+    assert kinds == [True, True] + [False] * 6
+    lns = GPT(small("lns"))
+    lns.blocks = torch.nn.ModuleList(reversed(lns.blocks))
+    assert [round(1 / block.mlp_residual.s**2) for block in lns.blocks] == [4, 3, 2, 1]
+
+
+# -- GPAS ---------------------------------------------------------------------------------------------------------------
+
+GATES = [-3.0, -0.2, 0.0, 0.5, 1.2784645, 4.0]  # SiLU(1.2784645) = 1 up to rounding: a scale of nearly 0; 4: negative
+
+
+@pytest.mark.parametrize("keep", [None, "input", "output"])
+def test_jacobian_of_gpas_is_the_identity(keep):
+    x, gate = torch.randn(6, dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64)
+    for vectorize in (False, True):
+        J = torch.autograd.functional.jacobian(lambda x: gpas(x, gate_scale(gate), keep), x, vectorize=vectorize)
+        assert torch.equal(J, torch.eye(6, dtype=torch.float64))
+    assert torch.equal(torch.func.jacrev(lambda x: gpas(x, gate_scale(gate), keep))(x), torch.eye(6, dtype=torch.float64))
+    naive = torch.func.jacrev(lambda x: x - F.silu(gate) * x)(x)
+    assert torch.allclose(naive, (1 - F.silu(gate)) * torch.eye(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("keep", ["input", "output"])
+@pytest.mark.parametrize("a", GATES)
+def test_kept_and_defined_gpas_agree(a, keep):
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        x = torch.randn(4, 8, 16, dtype=dtype, requires_grad=True)
+        gate = torch.tensor([a], dtype=dtype, requires_grad=True)
+        g = torch.randn_like(x) + 0.1 * x.detach()
+        value, defined = gpas(x, gate_scale(gate), keep), x - F.silu(gate) * x.detach()
+        assert (value - defined).abs().max() <= 5e-7 * x.abs().max()
+        gx, ga = torch.autograd.grad(value, (x, gate), g)
+        assert torch.equal(gx, g)
+        expected = torch.autograd.grad(defined, (x, gate), g)[1]
+        assert distance(ga, expected) < tolerance, dtype
+
+
+@pytest.mark.parametrize("keep", ["input", "output"])
+def test_gpas_under_vmap_compile_and_autocast(keep):
+    x, gate = torch.randn(5, 4, 8), torch.tensor([0.6])
+
+    def total(x, gate, keep):
+        return gpas(x.sin(), gate_scale(gate), keep).pow(2).sum()
+
+    for f in (torch.func.grad(total, argnums=(0, 1)), torch.func.vmap(torch.func.grad(total, argnums=(0, 1)), (0, None, None))):
+        for a, b in zip(f(x, gate, keep), f(x, gate, None)):
+            assert distance(a, b) < 1e-5
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    for autocast in (False, True):
+        results = []
+        for f, kept in ((compiled, keep), (total, None)):
+            xs, gates = x.clone().requires_grad_(), gate.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                f(xs, gates, kept).backward()
+            results.append((xs.grad, gates.grad))
+        for a, b in zip(*results):
+            assert distance(a, b) < 1e-5
+
+
+def saved_bytes(model, idx, autocast):
+    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), t)  # t stays alive, so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(idx, idx)
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
+@pytest.mark.parametrize("norm", SCHEMES)
+def test_gpas_keeps_no_activations(norm):
+    idx = torch.randint(0, 29, (2, 64))
+    models = [randomized(small(prefix + norm, n_embd=128, block_size=64)) for prefix in ("", "gpas_")]
+    base, gated = (saved_bytes(model, idx, autocast=False) for model in models)
+    assert gated <= 1.005 * base
+    if norm in ("pre", "sandwich", "peri", "lns", "pre_post"):
+        base, gated = (saved_bytes(model, idx, autocast=True) for model in models)
+        assert gated <= 1.005 * base
+
+
+def test_the_definition_keeps_activations(monkeypatch):
+    """The measure above sees a copy that is kept."""
+    idx = torch.randint(0, 29, (2, 64))
+    model = randomized(small("gpas_pre", n_embd=128, block_size=64))
+    cheap = saved_bytes(model, idx, autocast=False)
+    monkeypatch.setattr("model.gpas", lambda x, scale, keep: x - (1 - scale) * x.detach())
+    assert saved_bytes(model, idx, autocast=False) > 1.04 * cheap
+
+
+# -- theory at initialization -------------------------------------------------------------------------------------------
+
+
+def variances(norm):
+    """Mean variance of the residual state after 0, 1, ... L layers of a wide random model."""
+    L = 16
+    config = GPTConfig(block_size=32, vocab_size=64, n_layer=L, n_head=4, n_embd=512, norm=norm, init_std=512**-0.5)
+    model, states = GPT(config), []
+    with torch.no_grad():
+        x = model.embed_norm(model.embed_tokens(torch.randint(0, 64, (4, 32))))
+        for block in model.blocks:
+            states.append(x.var(-1, correction=0).mean().item())
+            x = block(x)
+    return torch.tensor(states + [x.var(-1, correction=0).mean().item()])
+
+
+def test_variance_grows_as_theory_says():
+    """Peri-LN Eq. 4 (linear), LNS Lemma 4.1 (slower), and a norm after the add keeps it at 1."""
+    post = variances("post")[1:]
+    assert (post - 1).abs().max() < 0.1
+    for norm in ("pre", "peri"):
+        v = variances(norm)
+        step = v.diff()
+        assert v[-1] > 3 * v[0]
+        assert 0.6 < step[8:].mean() / step[:8].mean() < 1.6  # a straight line
+    step = variances("lns").diff()
+    assert step[8:].mean() < 0.35 * step[:8].mean()  # bends
+    assert variances("lns")[-1] < 0.5 * variances("pre")[-1]
+
+
+def test_naive_scaling_shrinks_the_first_gradient_and_gpas_does_not(monkeypatch):
+    """GPAS appendix B: the stream's gradient is multiplied by the product of 1 - act(a) only without the stop-gradient."""
+
+    def first_gradient():
+        model = GPT(small("gpas_pre", n_layer=8))
+        for gate in model.gates():
+            torch.nn.init.constant_(gate, 0.5)
+        x = torch.randn(1, 8, 32, requires_grad=True)
+        y = x
+        for block in model.blocks:
+            for p in block.parameters():
+                p.requires_grad_(False)
+            block.attn.o_proj.weight.zero_(), block.mlp.down_proj.weight.zero_()  # branches off: the shortcut alone
+            y = block(y)
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    assert torch.equal(first_gradient(), torch.ones(1, 8, 32))
+    monkeypatch.setattr("model.gpas", lambda x, scale, keep: scale * x)
+    expected = (1 - F.silu(torch.tensor(0.5))) ** 16
+    assert torch.allclose(first_gradient(), expected.expand(1, 8, 32), rtol=1e-4)
+
+
+# -- initialization -----------------------------------------------------------------------------------------------------
+
+
+def test_initial_standard_deviations():
+    model = GPT(GPTConfig(vocab_size=512, n_layer=2, n_embd=256, n_head=4))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            assert p.std().item() == pytest.approx(math.sqrt(0.4) if "embed" in name else 0.02, rel=0.03), name
+            assert abs(p.mean().item()) < 0.05 * p.std().item()
+        else:
+            assert torch.equal(p, torch.ones_like(p))
+    model = GPT(GPTConfig(vocab_size=512, n_layer=1, n_embd=256, n_head=4, init_std=0.1, embed_std=0.3))
+    assert model.lm_head.weight.std().item() == pytest.approx(0.1, rel=0.03)
+    assert model.embed_tokens.weight.std().item() == pytest.approx(0.3, rel=0.03)
+
+
+@pytest.mark.parametrize("norm", ["deepnorm", "gpas_deepnorm"])
+def test_deepnorm_initialization(norm):
+    L = 6
+    model = GPT(GPTConfig(vocab_size=64, n_layer=L, n_embd=256, n_head=4, n_kv_head=2, norm=norm))
+    for name, p in model.named_parameters():
+        if name.startswith("blocks") and p.dim() == 2:
+            gain = 1 if "q_proj" in name or "k_proj" in name else (8 * L) ** -0.25
+            xavier = torch.nn.init.xavier_normal_(torch.empty_like(p), gain)
+            assert p.std().item() == pytest.approx(xavier.std().item(), rel=0.03), name
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[0].attn_residual.alpha == pytest.approx((2 * L) ** 0.25)
+
+
+def test_schemes_start_from_the_same_matrices():
+    models = []
+    for norm in ("pre", "gpas_peri"):
+        torch.manual_seed(5)
+        models.append(dict(GPT(small(norm)).named_parameters()))
+    for name, p in models[0].items():
+        assert torch.equal(p, models[1][name]), name
+    torch.manual_seed(6)
+    assert not torch.equal(GPT(small("pre")).lm_head.weight, models[0]["lm_head.weight"])
+    q = [models[0][f"blocks.{i}.attn.q_proj.weight"] for i in range(2)]
+    assert not torch.equal(*q)
+
+
+def test_meta_device_and_double():
+    with torch.device("meta"):
+        model = GPT(small("gpas_deepnorm"))
+    assert all(p.is_meta for p in model.parameters())
+    assert model.count_params() == GPT(small("gpas_deepnorm")).count_params()
+
+
+# -- precision and compilation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["pre", "gpas_peri", "gpas_out", "post", "pre_post"])
+def test_bfloat16_autocast(norm):
+    """The stream and every norm stay in float32, and the result is near the float32 one."""
+    model = randomized(small(norm))
+    idx, targets = batch(model.config)
+    _, loss32, grads32 = gradients(model, idx, targets)
+    dtypes = []
+    for module in model.modules():
+        if type(module).__name__ == "Norm":
+            module.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss, grads = gradients(model, idx, targets)
+    assert dtypes and set(dtypes) == {torch.float32}
+    assert loss.dtype == torch.float32 and abs(loss - loss32) < 0.02 * loss32
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        if grad.dim() == 2:
+            assert distance(grad, grads32[name]) < 0.15, name
+
+
+def test_norm_statistics_of_bfloat16_input_are_float32():
+    model = GPT(small("pre", n_embd=512)).bfloat16()
+    x = (100 + torch.randn(4, 512)).bfloat16()  # in bfloat16 a mean of 512 squares would be off by percents
+    out = model.norm(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, reference.rms(x.float(), torch.ones(512)).bfloat16())
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_compiles_to_one_graph(norm):
+    model = randomized(small(norm, n_layer=2, mix_ratio=0.5))
+    idx, targets = batch(model.config)
+    eager = gradients(model, idx, targets)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    compiled = gradients(model, idx, targets)
+    assert distance(compiled[0], eager[0]) < 1e-5
+    assert worst_gradient(compiled[2], eager[2]) < 1e-4
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="the default backend needs g++ on the CPU")
+@pytest.mark.parametrize("norm, autocast", [("gpas_pre", True), ("gpas_deepnorm", False)])
+def test_compiles_with_the_default_backend(norm, autocast):
+    model = randomized(small(norm, n_layer=2))
+    idx, targets = batch(model.config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        eager = gradients(model, idx, targets)
+        torch._dynamo.reset()
+        model.forward = torch.compile(model.forward, fullgraph=True)
+        compiled = gradients(model, idx, targets)
+    assert distance(compiled[0].float(), eager[0].float()) < (0.02 if autocast else 1e-5)
+    assert worst_gradient(compiled[2], eager[2]) < (0.1 if autocast else 1e-4)
+
+
+def test_pre_ln_is_llama():
+    """Logits and gradients of transformers' LlamaForCausalLM with the same weights, GQA included."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' Llama where it is installed")
+    model = randomized(small("pre"))
+    c = model.config
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, rms_norm_eps=c.norm_eps,
+            max_position_embeddings=c.block_size, rope_theta=c.rope_theta, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    names = {"blocks": "model.layers", "embed_tokens": "model.embed_tokens", "norm": "model.norm"}
+    inner = {"attn_residual.pre_norm": "input_layernorm", "mlp_residual.pre_norm": "post_attention_layernorm", "attn.": "self_attn."}
+    renamed = {}
+    for name, p in model.named_parameters():
+        head, _, rest = name.partition(".")
+        for ours, theirs in inner.items():
+            rest = rest.replace(ours, theirs)
+        renamed[f"{names.get(head, head)}.{rest}"] = p
+    llama.load_state_dict({name: p.detach() for name, p in renamed.items()})
+    idx, targets = batch(c)
+    logits, loss, _ = gradients(model, idx, targets)
+    theirs = llama(idx).logits
+    reference.loss(theirs, targets).backward()
+    assert distance(logits, theirs.detach()) < 1e-5
+    for name, p in llama.named_parameters():
+        assert distance(renamed[name].grad, p.grad) < 1e-4, name
+
+
+# -- generation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [dict(), dict(n_kv_head=1), dict(qk_norm="head")], ids=str)
+@pytest.mark.parametrize("norm", ["gpas_pre", "gpas_post", "peri"])
+def test_cached_logits_equal_uncached_ones(norm, options):
+    from model import KVCache
+
+    model = randomized(small(norm, **options)).eval()
+    idx = torch.randint(0, 29, (2, 16))
+    caches = [KVCache(16) for _ in model.blocks]
+    parts = [model(idx[:, a:b], caches=caches)[0] for a, b in ((0, 5), (5, 6), (6, 10), (10, 16))]
+    assert distance(torch.cat(parts, 1), model(idx)[0]) < 1e-5
+    assert caches[0].k.shape == (2, model.config.n_kv_head, 16, 8)
+
+
+def test_generate_equals_the_uncached_loop():
+    model = randomized(small("gpas_lns")).eval()
+    idx = torch.randint(0, 29, (2, 4))
+    out = model.generate(idx, 20, temperature=0)  # runs past block_size 16
+    expected = idx
+    for _ in range(20):
+        expected = torch.cat((expected, model(expected[:, -16:])[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(out, expected)
+    assert out.shape == (2, 24)
+
+
+def test_sampling_follows_temperature_and_top_k():
+    model = randomized(small("pre")).eval()
+    idx = torch.randint(0, 29, (1, 4))
+    logits = model(idx)[0][0, -1]
+    draws = model.generate(idx.expand(4000, 4), 1, temperature=0.7, top_k=5)[:, -1]
+    assert set(draws.tolist()) <= set(logits.topk(5).indices.tolist())
+    best = logits.topk(5)
+    share = torch.stack([(draws == i).float().mean() for i in best.indices])
+    assert (share - F.softmax(best.values / 0.7, -1)).abs().max() < 0.04
+    assert len(set(model.generate(idx.expand(4000, 4), 1, temperature=5.0)[:, -1].tolist())) > 20
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(idx, 1, temperature=-1)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(idx[:, :0], 1)
+
+
+# -- counting and groups ------------------------------------------------------------------------------------------------
+
+
+def test_counts_by_hand():
+    config = small("gpas_peri", n_layer=3, n_hidden=24, qk_norm="full")
+    model = GPT(config)
+    attention = 32 * 32 + 2 * 32 * 16 + 32 * 32 + (32 + 16)  # q, k and v, o, norms of q and k
+    layer = attention + 3 * 32 * 24 + 4 * 32 + 1
+    total = 2 * 29 * 32 + 3 * layer + 2 * 32
+    assert model.count_params() == {"total": total, "active": total, "non_embedding": total - 2 * 29 * 32}
+    matrices = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 24) + 29 * 32
+    # scores and values of 4 heads of 8: 2 products x 2 operations x 3 passes over (T + 1) / 2 keys on average
+    assert model.flops_per_token(7) == 6 * matrices + 3 * 4 * 8 * 12 * 4
+    assert model.flops_per_token() == 6 * matrices + 3 * 4 * 8 * 12 * 8.5
+    assert model.mfu(1000, 1e9, T=7) == pytest.approx(model.flops_per_token(7) * 1000 / 1e9)
+
+
+def test_default_sizes_are_the_papers():
+    """GPAS 71M, 130M and 350M: n_hidden is 8/3 n_embd, rounded up to a multiple of 8."""
+    assert [GPTConfig(n_embd=d).n_hidden for d in (512, 768, 1024)] == [1368, 2048, 2736]
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=12, n_embd=768, n_head=12, vocab_size=32000))
+    assert round(model.count_params()["total"] / 1e6) == 134
+
+
+def test_optimizer_groups():
+    model = GPT(small("gpas_peri"))
+    groups = {g["name"]: g for g in model.optimizer_groups(0.1)}
+    assert [p.shape for p in groups["gates"]["params"]] == [(1,)] * 4
+    assert {g: groups[g]["weight_decay"] for g in groups} == {"matrices": 0.1, "norms": 0.0, "gates": 0.0}
+    assert all(p.dim() == 2 for p in groups["matrices"]["params"])
+    ids = [id(p) for g in groups.values() for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    for gate in model.gates():
+        gate.requires_grad_(False)
+    assert {g["name"] for g in model.optimizer_groups(0.1)} == {"matrices", "norms"}
+    assert {g["name"] for g in GPT(small("pre")).optimizer_groups(0.1)} == {"matrices", "norms"}
+
+
+def test_frozen_gates_scale_and_leave_other_gradients_alone():
+    model = randomized(small("gpas_pre"))
+    data = batch(model.config)
+    grads = gradients(model, *data)[2]
+    for gate in model.gates():
+        gate.requires_grad_(False)
+    model.zero_grad()
+    model(*data)[1].backward()
+    assert all(gate.grad is None for gate in model.gates())
+    assert torch.equal(model.embed_tokens.weight.grad, grads["embed_tokens.weight"])
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(norm="prenorm"), "unknown norm 'prenorm'; known: post, pre, sandwich"),
+        (dict(norm="gpas_gpas_pre"), "unknown norm"),
+        (dict(n_embd=30), "n_embd 30 is not divisible by n_head 4"),
+        (dict(n_kv_head=3), "n_head 4 is not divisible by n_kv_head 3"),
+        (dict(n_embd=36), "odd"),
+        (dict(norm_type="batchnorm"), "unknown norm_type 'batchnorm'; known: rmsnorm, layernorm"),
+        (dict(qk_norm="half"), "unknown qk_norm"),
+        (dict(n_layer=0), "n_layer is 0"),
+        (dict(n_kv_head=0), "n_kv_head is 0"),
+        (dict(mix_ratio=1.5), "mix_ratio"),
+        (dict(norm_eps=-1.0), "norm_eps"),
+    ],
+    ids=str,
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        small(**{"norm": "pre", **options})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row", [dict(norms=""), dict(norms="AD"), dict(norms="A", alpha=lambda L: 2), dict(norms="C", s=lambda l: 0.5), dict(norms="A", init="x")]
+)
+def test_a_row_without_effect_is_an_error(row):
+    with pytest.raises(ValueError):
+        Scheme(**row)
+
+
+def test_a_mix_of_one_kind_warns():
+    with pytest.warns(UserWarning, match="not a mix"):
+        GPT(small("mix", n_layer=2))
+
+
+def test_config_survives_a_round_trip():
+    config = small("gpas_peri")
+    assert GPTConfig(**dataclasses.asdict(config)) == config
