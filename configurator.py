@@ -35,25 +35,29 @@ class UserError(Exception):
 
 def run(main, *args):
     """Runs a program's main(*args); a UserError, or an OSError that nothing below explained, ends it with one line on
-    standard error and exit code 2."""
+    standard error and exit code 2, Ctrl-C with one line and 130."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
         main(*args)
     except UserError as error:
-        message = str(error)
+        message, code = str(error), 2
     except OSError as error:
-        message = f"{error.filename or 'system'}: {error.strerror or error}"
+        message, code = f"{error.filename or 'writing'}: {error.strerror or error}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted; what was saved before is untouched", 130
     else:
         return
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
-def configure(declaration, description, argv=None, positional=None):
+def configure(declaration, description, argv=None, positional=None, defaults=None):
     """An instance of the dataclass `declaration`, from its defaults, config files and `argv` (the command line).
 
     Fields may be int, float, str, bool, list[str], or one of them `| None`. `positional` names a list field that takes
-    the arguments that are neither settings nor config files. Raises UserError for an unknown setting, a value of
-    another type, a config file that fails, and a ValueError of the dataclass itself; `--help` prints and exits.
+    the arguments that are neither settings nor config files. `defaults(given)` may return other defaults in view of
+    the settings that were given (a dict by name). Raises UserError for an unknown setting, a value of another type, a
+    config file that fails, and a ValueError of the dataclass itself; `--help` prints and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -92,7 +96,7 @@ def configure(declaration, description, argv=None, positional=None):
             values[name] = parse(name, text, kind)
         seen.add(name)
     try:
-        return declaration(**values)
+        return declaration(**{**(defaults(values) if defaults else {}), **values})
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -124,7 +128,7 @@ def parse(name, text, kind):
     """`text` from the command line as a value of type `kind`; UserError names the type expected."""
     for k in options(kind):
         try:
-            if k is type(None) and text.lower() == "none":
+            if k is type(None) and text.lower() == "none" and str not in options(kind):
                 return None
             if k is bool and text.lower() in TRUE + FALSE:
                 return text.lower() in TRUE
@@ -132,7 +136,7 @@ def parse(name, text, kind):
                 return int(text)
             if k is float and not math.isnan(float(text)):
                 return float(text)
-            if k is str and not (text.lower() == "none" and type(None) in options(kind)):
+            if k is str:
                 return text
         except ValueError:
             continue
@@ -145,14 +149,14 @@ def read_config_file(path, kinds):
         names = runpy.run_path(path)
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror or error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"config file {path}: {type(error).__name__}: {error}") from None
     values = {}
     for name, value in names.items():
-        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+        if name.startswith("_") or (name not in kinds and (isinstance(value, types.ModuleType) or callable(value))):
             continue
         kind = kind_of(name, kinds, f"setting in {path}: ")
-        if float in options(kind) and type(value) is int:
+        if float in options(kind) and type(value) is int and abs(value) < 2**53:
             value = float(value)
         fits = any(type(value) is (typing.get_origin(k) or k) for k in options(kind))
         if not fits or (is_list(kind) and not all(type(v) is str for v in value or [])):

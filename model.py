@@ -3,11 +3,13 @@
 Every scheme is one residual function around a sub-layer f (attention or MLP), with a norm or nothing at three places,
 A before f, B after f and C after the add (Peri-LN Figure 2):
 
-    h = B(f(s * A(x)))
+    h = B(b * f(s * A(x)))
     C present:   x <- C(alpha * gpas(x) + h)      the gate scales the shortcut
     C absent:    x <- gpas(x + h)                 the gate scales the stream
 
-To find a placement read SCHEMES; to see what it does read Residual; to add one write a row. The rest is a plain
+To find a placement read SCHEMES; to see what it does read Residual; to add one write a row. What is not a matter of
+place is a flag of GPTConfig that combines with every row: the kind of norm (NORM_TYPES), a learned scale b of the
+branch (BRANCH_SCALES), the initialization (INITS), the gate's activation (GPAS_ACTS) and place. The rest is a plain
 decoder: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, no biases, untied head, a final norm in every
 scheme. Docstrings cite the papers by these names:
 
@@ -33,45 +35,48 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Scheme:
-    """One placement: which of A, B and C carry a norm, and the constants that go with them.
+    """One row: which of A, B and C carry a norm in which sub-layers, the constants that go with them, and the flags of
+    GPTConfig that the method brings along (each can be set otherwise).
 
     l = 1..L is the layer. A setting that could have no effect is a ValueError here, where the table is built.
     """
 
     norms: str  # the places that carry a norm: any of A, B, C
-    first_norms: str | None = None  # the same for the first mix_ratio * L layers, where they differ
+    mlp_norms: str | None = None  # the same for the MLP, where it differs from the attention
+    first_norms: str | None = None  # the same for both in the first layers, where they differ
+    n_first: Callable[["GPTConfig"], int] | None = None  # how many layers that are
     alpha: Callable[[int], float] | None = None  # L -> the factor on the shortcut before C
     s: Callable[[int], float] | None = None  # l -> the factor after A
-    embed_norm: bool = False  # normalize the embedding's output too
-    init: str = "normal"  # row of INITS
+    omega: bool = False  # a learned factor on the shortcut before C, one per dimension (Admin)
+    b2t: bool = False  # the layer's input is added before the MLP's C (bottom-to-top connection)
+    # flags of GPTConfig
+    norm_type: str = "rmsnorm"
+    embed_norm: bool = False
+    qk_norm: str = "none"
+    v_norm: bool = False
+    branch_scale: str = "none"
+    init: str = "normal"
 
     def __post_init__(self):
-        for places in (self.norms, self.first_norms or self.norms):
-            if not places or not set(places) <= set("ABC"):
-                raise ValueError(f"a scheme needs norms at A, B or C, got {places!r}")
-            if self.alpha and "C" not in places:
-                raise ValueError("alpha scales the shortcut into C: without a norm at C it has no place")
-            if self.s and "A" not in places:
-                raise ValueError("s follows the norm A: without it s has no place")
-        if self.init not in INITS:
-            raise ValueError(f"unknown init {self.init!r}; known: {', '.join(INITS)}")
+        attention = [self.norms] + ([self.first_norms] if self.first_norms is not None else [])
+        mlp = [self.norms if self.mlp_norms is None else self.mlp_norms] + attention[1:]
+        if not all(set(places) <= set("ABC") for places in attention + mlp) or not any(attention + mlp):
+            raise ValueError(f"a scheme needs norms at A, B or C, got {attention + mlp}")
+        if (self.first_norms is None) != (self.n_first is None):
+            raise ValueError("first_norms and n_first go together")
+        if (self.alpha or self.omega) and not all("C" in places for places in attention + mlp):
+            raise ValueError("alpha and omega scale the shortcut into C: without a norm at C they have no place")
+        if self.s and not all("A" in places for places in attention + mlp):
+            raise ValueError("s follows the norm A: without it s has no place")
+        if self.b2t and not all("C" in places for places in mlp):
+            raise ValueError("b2t adds the layer's input before the MLP's norm at C: without it b2t has no place")
 
+    def places(self, config, l, is_mlp):
+        """The places with a norm in a sub-layer of layer l."""
+        if self.n_first and l <= self.n_first(config):
+            return self.first_norms
+        return self.mlp_norms if is_mlp and self.mlp_norms is not None else self.norms
 
-def normal_std(name, shape, config):
-    """The same standard deviation, init_std, for every matrix; embed_std for the embedding."""
-    return config.embed_std if name == "embed_tokens.weight" else config.init_std
-
-
-def deepnorm_std(name, shape, config):
-    """DeepNorm's Xavier-normal: gain (8L)^-1/4 for v, o and the MLP, 1 for q and k (digest of GPAS's baselines)."""
-    if not name.startswith("blocks."):
-        return normal_std(name, shape, config)
-    gain = 1.0 if "q_proj" in name or "k_proj" in name else (8 * config.n_layer) ** -0.25
-    fan_out, fan_in = shape[-2:]
-    return gain * math.sqrt(2 / (fan_in + fan_out))
-
-
-INITS = {"normal": normal_std, "deepnorm": deepnorm_std}
 
 # A before f, B after f, C after the add. Each row is also a scheme with gates: gpas_<row>.
 SCHEMES = {
@@ -82,8 +87,23 @@ SCHEMES = {
     "out": Scheme("B"),  # x <- x + N(f(x)), OLMo 2's reordered norm
     "pre_post": Scheme("AC"),  # x <- N(x + f(N(x))), "A + C" in Peri-LN Table 5
     "deepnorm": Scheme("C", alpha=lambda L: (2 * L) ** 0.25, init="deepnorm"),  # x <- N(alpha x + f(x))
-    "mix": Scheme("A", first_norms="C"),  # Mix-LN: the first layers post, the rest pre
+    "mix": Scheme("A", first_norms="C", n_first=lambda c: math.floor(c.mix_ratio * c.n_layer)),  # Mix-LN
     "lns": Scheme("A", s=lambda l: l**-0.5),  # x <- x + f(N(x) / sqrt(l)), LNS Eq. 12
+    # others that the papers compare with
+    "admin": Scheme("C", omega=True),  # x <- N(omega x + f(x)), Liu et al. 2020
+    "b2t": Scheme("C", b2t=True),  # the MLP's: x <- N(x + f(x) + layer's input), Takase et al. 2023
+    # HybridNorm*, Zhuo et al. 2025: y = x + f(x) with normalized q, k, v; x <- N(y) + MLP(N(y)), so that the norm is
+    # the attention's C and the MLP has none; the first layer is Pre-LN with normalized q, k, v.
+    "hybrid": Scheme("C", mlp_norms="", first_norms="A", n_first=lambda c: 1, qk_norm="head", v_norm=True),
+    "olmo2": Scheme("B", qk_norm="full"),  # Peri-LN appendix H
+    # names under which the papers list pre with one flag
+    "group": Scheme("A", norm_type="groupnorm"),
+    "dyt": Scheme("A", norm_type="dyt"),
+    "layerscale": Scheme("A", branch_scale="layerscale"),
+    "skipinit": Scheme("A", branch_scale="skipinit"),
+    "scaled_init": Scheme("A", init="scaled"),
+    "depth_init": Scheme("A", init="depth"),
+    "olmo_init": Scheme("A", init="olmo"),
 }
 
 
@@ -95,48 +115,123 @@ def find_scheme(name):
     return SCHEMES[row], row != name
 
 
+# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
+GPAS_ACTS = {
+    "silu": F.silu,
+    "identity": lambda a: a,
+    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
+    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
+    "tanh": torch.tanh,
+    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
+}
+
+# Where it scales (GPAS Table 4), x the stream, h the branch: after the sub-layer (on the shortcut where there is a C),
+# before it, after the norm A, after the module f.
+GPAS_POSITIONS = "sublayer", "before", "norm", "module"
+
+# A learned factor b on the branch: its shape and initial value.
+BRANCH_SCALES = {
+    "none": None,
+    "skipinit": lambda c: ((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
+    "layerscale": lambda c: ((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
+}
+
+
+def base_std(config):
+    """init_std, or the square root of the variance c / n_embd (Peri-LN section 6.2)."""
+    return config.init_std if config.init_variance is None else math.sqrt(config.init_variance / config.n_embd)
+
+
+def xavier_std(config, name, l, shape):
+    """Xavier-normal (Peri-LN section 6.2)."""
+    return math.sqrt(2 / (shape[-1] + shape[-2]))
+
+
+def deepnorm_std(config, name, l, shape):
+    """DeepNorm: Xavier-normal, with gain (8L)^-1/4 for v, o and the MLP and 1 for q and k."""
+    gain = 1.0 if name in ("q_proj", "k_proj") else (8 * config.n_layer) ** -0.25
+    return gain * xavier_std(config, name, l, shape)
+
+
+# Standard deviation of the matrix `name` (q_proj ... down_proj) of layer l; the head has base_std, the embedding its own.
+OUTPUTS = "o_proj", "down_proj"
+INITS = {
+    "normal": lambda c, name, l, shape: base_std(c),
+    "scaled": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * c.n_layer if name in OUTPUTS else 1),  # LNS section 6
+    "depth": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * l),  # Zhang et al. 2019, LNS section 6
+    "olmo": lambda c, name, l, shape: 1 / math.sqrt(c.n_embd * (2 * l if name in OUTPUTS else 1)),  # LNS section 5.3.1
+    "xavier": xavier_std,
+    "deepnorm": deepnorm_std,
+}
+
+
 class Residual(nn.Module):
     """x -> the scheme's residual around a sub-layer f; (B, T, n_embd) in and out.
 
-        h = B(f(s * A(x)))
+        h = B(b * f(s * A(x)))
         x <- C(alpha * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
 
     The constants s and alpha, and the places, belong to layer l = 1..L and stay with the module when its block is moved.
     """
 
-    def __init__(self, config, l):
+    def __init__(self, config, l, is_mlp):
         super().__init__()
         scheme, _ = find_scheme(config.norm)
-        is_first = scheme.first_norms and l <= math.floor(config.mix_ratio * config.n_layer)
-        places = scheme.first_norms if is_first else scheme.norms
-        self.pre_norm = make_norm(config, config.n_embd) if "A" in places else nn.Identity()
-        self.out_norm = make_norm(config, config.n_embd) if "B" in places else nn.Identity()
-        self.post_norm = make_norm(config, config.n_embd) if "C" in places else None
-        self.s = scheme.s(l) if scheme.s else 1.0
+        places = scheme.places(config, l, is_mlp)
+        self.pre_norm = Norm(config, config.n_embd) if "A" in places else nn.Identity()
+        self.out_norm = Norm(config, config.n_embd) if "B" in places else nn.Identity()
+        self.post_norm = Norm(config, config.n_embd) if "C" in places else None
+        if config.freeze_out_gain and "B" in places:
+            self.out_norm.weight.requires_grad_(False)
         self.alpha = scheme.alpha(config.n_layer) if scheme.alpha else 1.0
+        self.omega = nn.Parameter(torch.ones(config.n_embd)) if scheme.omega else None
+        self.s, self.s_position = scheme.s(l) if scheme.s else 1.0, config.s_position
+        b = BRANCH_SCALES[config.branch_scale]
+        self.branch_scale = nn.Parameter(torch.full(*b(config))) if b else None
+        self.gpas_position, self.stop_gradient = config.gpas_position, config.gpas_stop_gradient
 
-    def forward(self, x, f, scale=None):
-        """`scale` is the layer's gate_scale, None for a scheme without gates."""
-        h = self.pre_norm(x)
-        if self.s != 1:
-            h = self.s * h
-        h = self.out_norm(f(h))
+    def forward(self, x, f, scale=None, bottom=None):
+        """`scale` is the layer's gate_scale (None without gates), `bottom` what b2t adds before C (None without)."""
+
+        x = self.gpas_at("before", x, scale)
+        h = self.s_at("norm", self.pre_norm(x))
+        h = f(self.gpas_at("norm", h, scale))
+        h = self.s_at("branch", self.out_norm(times(self.branch_scale, h)))
+        h = self.gpas_at("module", h, scale)
         if self.post_norm is not None:
-            return self.post_norm(torch.add(h, gpas(x, scale, keep="input"), alpha=self.alpha))
-        return gpas(x + h, scale, keep="output")
+            shortcut = times(self.omega, self.gpas_at("sublayer", x, scale, keep="input"))
+            h = h if bottom is None else h + bottom
+            return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))
+        return self.gpas_at("sublayer", self.s_at("residual", x + h), scale)
+
+    def s_at(self, place, x):
+        """s * x if this is the place of s, "norm" but in the ablations of LNS Table 8."""
+        return self.s * x if self.s != 1 and place == self.s_position else x
+
+    def gpas_at(self, place, x, scale, keep="output"):
+        """gpas(x) if this is its place, "sublayer" but in the ablations of GPAS Table 4; without the stop-gradient it is
+        naive scaling (GPAS Eq. 12)."""
+        if scale is None or place != self.gpas_position:
+            return x
+        return gpas(x, scale, keep) if self.stop_gradient else scale * x
 
 
-def gate_scale(gate):
-    """1 - SiLU(a) of a gate a, shape (1,): what GPAS scales by. Never within 1e-7 of 0, so that one can divide by it."""
-    scale = 1 - F.silu(gate)
+def times(factor, x):
+    """factor * x, or x without a factor."""
+    return x if factor is None else factor * x
+
+
+def gate_scale(gate, act="silu"):
+    """1 - act(a) of a gate a, shape (1,): what GPAS scales by. Never within 1e-7 of 0, so that one can divide by it."""
+    scale = 1 - GPAS_ACTS[act](gate)
     away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
     return scale + (away_from_zero - scale).detach()
 
 
 def gpas(x, scale, keep=None):
-    """Gradient-preserving activation scaling (GPAS Eq. 2), sg the stop-gradient, 1 - SiLU(a) = scale of shape (1,):
+    """Gradient-preserving activation scaling (GPAS Eq. 2, 11), sg the stop-gradient, scale = 1 - act(a) of shape (1,):
 
-        gpas(x) = x - SiLU(a) * sg(x)     forward a scaling by 1 - SiLU(a), backward the identity
+        gpas(x) = x - act(a) * sg(x)     forward a scaling by 1 - act(a), backward the identity
 
     The last line is this definition. It keeps a copy of x (..., n_embd) for the gate's gradient; with keep="input" or
     "output" that gradient is had from x, or from the result, which the neighbouring operation keeps in any case.
@@ -188,44 +283,93 @@ class GPTConfig:
     n_embd: int = 128  # width of the residual stream
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
     n_hidden: int | None = None  # MLP width; none: 8/3 n_embd, rounded up to a multiple of 8
-    # normalization
-    norm: str = "pre"  # placement, a row of SCHEMES in model.py, or gpas_<row>
-    norm_type: str = "rmsnorm"  # rmsnorm or layernorm (with a gain and no bias)
-    norm_eps: float = 1e-6  # added to the variance in every norm
-    mix_ratio: float = 0.25  # mix: share of the layers, from the first, that are Post-LN
-    embed_norm: bool | None = None  # normalize the embedding's output; none: as the scheme's row says
-    qk_norm: str = "none"  # queries and keys before the rotation: none, head (per head) or full (whole width)
-    # initialization
-    init_std: float = 0.02  # of every matrix
-    embed_std: float = math.sqrt(2 / 5)  # of the embedding (Scaled Embed, as in GPAS's code; LNS's code has 0.02)
     rope_theta: float = 10000.0  # base of the rotary embedding
+    # normalization; none: as the scheme's row says
+    norm: str = "pre"  # placement, a row of SCHEMES in model.py, or gpas_<row>
+    norm_type: str | None = None  # rmsnorm, layernorm, groupnorm or dyt
+    norm_eps: float = 1e-6  # added to the variance in every norm
+    norm_affine: bool = True  # norms have a learned gain
+    norm_groups: int = 8  # groupnorm: groups of channels
+    dyt_alpha: float = 0.5  # dyt: initial slope
+    embed_norm: bool | None = None  # normalize the embedding's output
+    qk_norm: str | None = None  # queries and keys before the rotation: none, head (per head) or full (whole width)
+    v_norm: bool | None = None  # values too, in the same way
+    mix_ratio: float = 0.25  # mix: share of the layers, from the first, that are Post-LN
+    s_position: str = "norm"  # lns: s after the norm, branch, residual add; or gain: the initial gain of the norm
+    freeze_out_gain: bool = False  # the gains of the norms at B stay at 1 (Peri-LN section 5.3)
+    branch_scale: str | None = None  # learned factor on the branch: none, skipinit (a scalar) or layerscale (diagonal)
+    layerscale_init: float = 1e-4  # layerscale: initial value
+    # gpas
+    gpas_act: str = "silu"  # silu, identity, relu, leaky_relu, tanh, scale_silu
+    gpas_position: str = "sublayer"  # after the sublayer, before it, after the norm, after the module
+    gpas_stop_gradient: bool = True  # false: naive scaling
+    gate_init: float | None = None  # initial value of the gates; none: 0, for relu 0.01
+    gate_per: str = "layer"  # a gate for each layer, or sublayer
+    # initialization
+    init: str | None = None  # standard deviations, a row of INITS in model.py; none: as the scheme's row says
+    init_std: float = 0.02  # of every matrix
+    init_variance: float | None = None  # c: every matrix has variance c / n_embd instead (Peri-LN section 6.2)
+    embed_std: float = math.sqrt(2 / 5)  # of the embedding (Scaled Embed, as in GPAS's code; LNS's code has 0.02)
 
     def __post_init__(self):
-        scheme, _ = find_scheme(self.norm)
+        scheme, gated = find_scheme(self.norm)
+        for name in ("norm_type", "embed_norm", "qk_norm", "v_norm", "branch_scale", "init"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(scheme, name))
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_hidden is None:
             self.n_hidden = 8 * math.ceil(self.n_embd / 3)
-        if self.embed_norm is None:
-            self.embed_norm = scheme.embed_norm
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden"):
+        if self.gate_init is None:
+            self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.n_embd // self.n_head % 2:
-            raise ValueError(f"head width n_embd / n_head = {self.n_embd // self.n_head} is odd; the rotation needs pairs")
+        if self.head_dim % 2:
+            raise ValueError(f"head width n_embd / n_head = {self.head_dim} is odd; the rotation needs pairs")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
-        if self.norm_type not in NORM_TYPES:
-            raise ValueError(f"unknown norm_type {self.norm_type!r}; known: {', '.join(NORM_TYPES)}")
-        if self.qk_norm not in ("none", "head", "full"):
-            raise ValueError(f"unknown qk_norm {self.qk_norm!r}; known: none, head, full")
+        for name, known in {
+            "norm_type": NORM_TYPES,
+            "qk_norm": ("none", "head", "full"),
+            "branch_scale": BRANCH_SCALES,
+            "init": INITS,
+            "s_position": ("norm", "branch", "residual", "gain"),
+            "gpas_act": GPAS_ACTS,
+            "gpas_position": GPAS_POSITIONS,
+            "gate_per": ("layer", "sublayer"),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
         if not 0 <= self.mix_ratio <= 1:
             raise ValueError(f"mix_ratio is {self.mix_ratio}; it must lie between 0 and 1")
-        for name in ("norm_eps", "init_std", "embed_std", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("norm_eps", "init_std", "init_variance", "embed_std", "rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be positive")
+        places = {p for l in range(1, self.n_layer + 1) for m in (False, True) for p in scheme.places(self, l, m)}
+        without_effect = {
+            "s_position": (self.s_position != "norm" and not scheme.s, "a scheme with s, such as lns"),
+            "freeze_out_gain": (self.freeze_out_gain and not ("B" in places and self.norm_affine), "gains of norms at B"),
+            "v_norm": (self.v_norm and self.qk_norm == "none", "qk_norm=head or full"),
+            "init_variance": (self.init_variance and self.init in ("deepnorm", "olmo", "xavier"), "another init"),
+            "norm_affine": (not self.norm_affine and self.s_position == "gain", "gains: s_position=gain sets them"),
+        }
+        defaults = {"gpas_act": "silu", "gpas_position": "sublayer", "gpas_stop_gradient": True, "gate_per": "layer"}
+        for name, default in {**defaults, "gate_init": 0.0}.items():
+            without_effect[name] = not gated and getattr(self, name) != default, "a gpas_ scheme"
+        if gated and self.gpas_position == "norm" and "A" not in places:
+            without_effect["gpas_position"] = True, "a norm at A"
+        for name, (is_wrong, needed) in without_effect.items():
+            if is_wrong:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect with norm {self.norm}: it needs {needed}")
+        if self.norm_type == "groupnorm":
+            widths = {"none": (), "head": (self.head_dim,), "full": (self.n_embd, self.n_kv_head * self.head_dim)}
+            for width in (self.n_embd, *widths[self.qk_norm]):
+                if width % self.norm_groups:
+                    raise ValueError(f"norm_groups {self.norm_groups} does not divide the width {width} of a norm")
 
     @property
     def head_dim(self):
@@ -233,30 +377,41 @@ class GPTConfig:
 
 
 class Norm(nn.Module):
-    """A norm over the last dimension with a gain and no bias; one eps and one gain of its own each.
+    """A row of NORM_TYPES over the last dimension, with an eps and parameters of its own.
 
-    Statistics in at least float32: bfloat16 input is computed in the gain's dtype, float32 under autocast.
+    Statistics in at least float32: bfloat16 input is computed in the parameters' dtype, float32 under autocast.
     """
 
-    def __init__(self, dim, norm_type, eps):
+    def __init__(self, config, dim):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.norm_type, self.eps = norm_type, eps
+        self.norm_type, self.eps, self.groups = config.norm_type, config.norm_eps, config.norm_groups
+        is_dyt = config.norm_type == "dyt"
+        self.weight = nn.Parameter(torch.ones(dim)) if config.norm_affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if config.norm_affine and is_dyt else None
+        self.alpha = nn.Parameter(torch.full((1,), config.dyt_alpha)) if is_dyt else None
 
     def forward(self, x):
-        x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        return NORM_TYPES[self.norm_type](x, self.weight, self.eps)
+        dtype = torch.float32 if self.weight is None else self.weight.dtype
+        return NORM_TYPES[self.norm_type](self, x.to(torch.promote_types(x.dtype, dtype)))
+
+
+def group_norm(norm, x):
+    """LayerNorm of each of `groups` runs of channels of a token (Wu and He 2018), no statistics across tokens."""
+    return F.group_norm(x.reshape(-1, x.shape[-1]), norm.groups, norm.weight, None, norm.eps).view(x.shape)
+
+
+def dynamic_tanh(norm, x):
+    """tanh(alpha x) * weight + bias, element by element: no statistics at all (Zhu et al. 2025)."""
+    y = torch.tanh(norm.alpha * x)
+    return y if norm.weight is None else y * norm.weight + norm.bias
 
 
 NORM_TYPES = {
-    "rmsnorm": lambda x, w, eps: F.rms_norm(x, w.shape, w, eps),  # x / sqrt(mean(x^2) + eps) * w
-    "layernorm": lambda x, w, eps: F.layer_norm(x, w.shape, w, None, eps),  # the same of x - mean(x)
+    "rmsnorm": lambda n, x: F.rms_norm(x, x.shape[-1:], n.weight, n.eps),  # x / sqrt(mean(x^2) + eps) * weight
+    "layernorm": lambda n, x: F.layer_norm(x, x.shape[-1:], n.weight, None, n.eps),  # the same of x - mean(x)
+    "groupnorm": group_norm,
+    "dyt": dynamic_tanh,
 }
-
-
-def make_norm(config, dim):
-    """A norm over the last dimension, `dim` wide."""
-    return Norm(dim, config.norm_type, config.norm_eps)
 
 
 def to_matmul_dtype(x):
@@ -315,8 +470,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=False)
         widths = {"none": None, "head": (self.head_dim, self.head_dim), "full": (q_width, kv_width)}[config.qk_norm]
-        self.q_norm = make_norm(config, widths[0]) if widths else nn.Identity()
-        self.k_norm = make_norm(config, widths[1]) if widths else nn.Identity()
+        self.q_norm = Norm(config, widths[0]) if widths else nn.Identity()
+        self.k_norm = Norm(config, widths[1]) if widths else nn.Identity()
+        self.v_norm = Norm(config, widths[1]) if config.v_norm else nn.Identity()
 
     def forward(self, x, cache=None):
         """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
@@ -324,12 +480,12 @@ class Attention(nn.Module):
         x = to_matmul_dtype(x)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         q = q.view(B, T, self.n_head, self.head_dim)
         k = k.view(B, T, self.n_kv_head, self.head_dim)
         v = v.view(B, T, self.n_kv_head, self.head_dim)
         if self.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
 
         start = cache.length if cache else 0
@@ -364,16 +520,35 @@ class Block(nn.Module):
 
     def __init__(self, config, l):
         super().__init__()
-        _, gated = find_scheme(config.norm)
-        # One gate for both sub-layers, initial 0, at which gpas is the identity (GPAS section 4.1).
-        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
-        self.attn, self.attn_residual = Attention(config), Residual(config, l)
-        self.mlp, self.mlp_residual = MLP(config), Residual(config, l)
+        scheme, gated = find_scheme(config.norm)
+        # One gate for both sub-layers (GPAS section 4.1), or one each.
+        n_gates = {"layer": 1, "sublayer": 2}[config.gate_per]
+        self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if gated else None
+        self.gpas_act, self.b2t = config.gpas_act, scheme.b2t
+        self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
+        self.mlp, self.mlp_residual = MLP(config), Residual(config, l, is_mlp=True)
 
     def forward(self, x, cache=None):
-        scale = None if self.gate is None else gate_scale(self.gate)
-        x = self.attn_residual(x, lambda h: self.attn(h, cache), scale)
-        return self.mlp_residual(x, self.mlp, scale)
+        bottom = x if self.b2t else None
+        attn_scale = mlp_scale = None
+        if self.gate is not None:
+            scale = gate_scale(self.gate, self.gpas_act)
+            attn_scale, mlp_scale = scale[:1], scale[-1:]
+        x = self.attn_residual(x, lambda h: self.attn(h, cache), attn_scale)
+        return self.mlp_residual(x, self.mlp, mlp_scale, bottom)
+
+
+def doubts(config):
+    """What the papers advise against in a configuration that can be built, one sentence each."""
+    scheme, gated = find_scheme(config.norm)
+    if scheme.n_first and scheme.n_first(config) in (0, config.n_layer):
+        yield f"norm {config.norm}: {scheme.n_first(config)} of {config.n_layer} layers are of the first kind: not a mix"
+    if scheme.s and config.init in ("scaled", "depth", "olmo"):
+        yield f"norm {config.norm} with init {config.init}: together they did worse than LNS alone (LNS section 6)"
+    if scheme.s and config.s_position == "residual":
+        yield "s_position residual diverged in the paper (LNS Table 8: perplexity 1358)"
+    if gated and config.gpas_act == "relu" and config.gate_init <= 0:
+        yield f"a ReLU gate that starts at {config.gate_init} has no gradient and never moves: give a gate_init above 0"
 
 
 class GPT(nn.Module):
@@ -387,32 +562,66 @@ class GPT(nn.Module):
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError(f"vocab_size is {config.vocab_size}; it must be at least 1")
-        scheme, _ = find_scheme(config.norm)
-        if scheme.first_norms and math.floor(config.mix_ratio * config.n_layer) in (0, config.n_layer):
-            warnings.warn(f"mix_ratio {config.mix_ratio} of {config.n_layer} layers leaves one kind of layer: not a mix")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embed_norm = make_norm(config, config.n_embd) if config.embed_norm else nn.Identity()
+        self.embed_norm = Norm(config, config.n_embd) if config.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layer + 1))
-        self.norm = make_norm(config, config.n_embd)
+        self.norm = Norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights(int(torch.randint(2**62, (), device="cpu")))
+        for message in doubts(config):
+            warnings.warn(message)
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draws every matrix from its own generator, on the CPU; norm gains are 1 and gates 0."""
-        scheme, _ = find_scheme(self.config.norm)
+        """Draws every matrix from its own generator, on the CPU; vectors get their constant initial values."""
+        c = self.config
         for name, p in self.named_parameters():
             if p.is_meta:
                 continue
-            if name.endswith(".gate"):
-                p.zero_()
-            elif p.dim() == 1:
-                p.fill_(1)
+            if p.dim() == 1:
+                p.fill_(self.initial_value(name))
+                continue
+            matrix = name.split(".")[-2]
+            if matrix == "embed_tokens":
+                std = c.embed_std
+            elif matrix == "lm_head":
+                std = base_std(c)
             else:
-                generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-                std = INITS[scheme.init](name, p.shape, self.config)
-                p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+                std = INITS[c.init](c, matrix, int(name.split(".")[1]) + 1, p.shape)
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+            p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+        if find_scheme(c.norm)[0].omega and not self.lm_head.weight.is_meta:
+            generator = torch.Generator().manual_seed(seed)
+            idx = torch.randint(c.vocab_size, (4, min(c.block_size, 256)), generator=generator)
+            self.profile_omega(idx.to(self.lm_head.weight.device))
+
+    def initial_value(self, name):
+        """What every element of the vector parameter `name` starts from."""
+        c, (owner, _, kind) = self.config, name.rpartition(".")
+        if kind == "gate":
+            return c.gate_init
+        if kind == "branch_scale":
+            return BRANCH_SCALES[c.branch_scale](c)[1]
+        if owner.endswith(".pre_norm") and kind == "weight" and c.s_position == "gain":
+            return self.get_submodule(owner.removesuffix(".pre_norm")).s
+        return {"weight": 1.0, "omega": 1.0, "bias": 0.0, "alpha": c.dyt_alpha}[kind]
+
+    @torch.no_grad()
+    def profile_omega(self, idx):
+        """Admin's initialization from one batch idx (B, T): omega is 1 in the first sub-layer, and then
+
+            omega_{i+1}^2 = Var[omega_i * x_i] + Var[f_i(x_i)]     accumulated over the branches so far
+
+        with the variances over all elements (Liu et al. 2020, in the form of its code's profiling pass).
+        """
+        x, omega = self.embed_norm(self.embed_tokens(idx)), 1.0
+        for block in self.blocks:
+            for residual, f in ((block.attn_residual, block.attn), (block.mlp_residual, block.mlp)):
+                residual.omega.fill_(omega)
+                branch = times(residual.branch_scale, f(x))
+                omega = math.sqrt((omega * x).var(correction=0) + branch.var(correction=0))
+                x = residual(x, f)
 
     def forward(self, idx, targets=None, caches=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the mean cross-entropy in nats.
@@ -451,24 +660,34 @@ class GPT(nn.Module):
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+                below_best = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows
+                new = torch.multinomial(F.softmax(below_best / temperature, dim=-1), 1)
             idx = torch.cat((idx, new), dim=1)
         return idx
 
     # -- what a training loop asks --------------------------------------------------------------------------------------
 
     def gates(self):
-        """The GPAS gates, one parameter of shape (1,) a layer; empty for a scheme without them."""
+        """The GPAS gates, one parameter of shape (1,) a layer ((2,) with one a sub-layer); empty without gates."""
         return [block.gate for block in self.blocks if block.gate is not None]
 
+    @torch.no_grad()
+    def set_gates(self, values):
+        """Gives layer l's gate the l-th of n_layer values (a number, or one per sub-layer). ValueError for another count."""
+        if len(values) != len(self.gates()):
+            raise ValueError(f"{len(values)} gate values for the {len(self.gates())} gates of norm {self.config.norm}")
+        for gate, value in zip(self.gates(), values):
+            gate.copy_(torch.as_tensor(value))
+
     def optimizer_groups(self, weight_decay):
-        """Parameter groups for AdamW: matrices decay, norm gains do not, and the gates are a group of their own."""
-        gates = {id(p) for p in self.gates()}
-        trained = [p for p in self.parameters() if p.requires_grad]
+        """Parameter groups for AdamW: matrices decay, vectors do not, and the gates are a group of their own.
+
+        Frozen parameters are in their groups too (they get no gradient, hence no step), so that they may thaw."""
+        gates, parameters = {id(p) for p in self.gates()}, list(self.parameters())
         groups = {
-            "matrices": ([p for p in trained if p.dim() >= 2], weight_decay),
-            "norms": ([p for p in trained if p.dim() < 2 and id(p) not in gates], 0.0),
-            "gates": ([p for p in trained if id(p) in gates], 0.0),
+            "matrices": ([p for p in parameters if p.dim() >= 2], weight_decay),
+            "vectors": ([p for p in parameters if p.dim() < 2 and id(p) not in gates], 0.0),
+            "gates": (self.gates(), 0.0),
         }
         return [{"name": n, "params": ps, "weight_decay": decay} for n, (ps, decay) in groups.items() if ps]
 

@@ -52,13 +52,15 @@ class Settings:
         if self.dataset is None:
             first = self.input[0] if self.input else "stdlib"
             self.dataset = Path(first).stem or Path(first).resolve().name
-        if not re.fullmatch(r"[\w.-]+", self.dataset) or set(self.dataset) == {"."}:
+        if not re.fullmatch(r"\w[\w.-]*", self.dataset):
             raise ValueError(f"dataset {self.dataset!r} is not a plain name; give one with --dataset=NAME")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; it must lie between 0 and 1")
         for name in ("shard_size", "shuffle_buffer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) < 2**31:  # the header counts a shard's tokens in an int32
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and under 2^31")
+        if not self.max_broken >= 0:
+            raise ValueError(f"max_broken is {self.max_broken}; it must be at least 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ def get_tokenizer(name):
             return build_encoding({"name": Path(name).stem, "pattern": r50k_pat_str, "ranks": Path(name).read_text()})
         except OSError as error:
             raise UserError(f"tokenizer {name}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"tokenizer {name} is not a .tiktoken file (base64 token, space, rank a line): {error}") from None
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
@@ -138,8 +140,14 @@ def encode(encoding, text):
 
 def decode(encoding, ids):
     """Text of token ids; ids that the tokenizer does not know (a padded vocabulary) and partial characters show as U+FFFD."""
-    parts = [encoding.decode_single_token_bytes(i) if i < encoding.n_vocab else b"\xff" for i in map(int, ids)]
-    return b"".join(parts).decode(errors="replace")
+
+    def token_bytes(i):
+        try:
+            return encoding.decode_single_token_bytes(int(i))
+        except KeyError:
+            return b"\xff"
+
+    return b"".join(map(token_bytes, ids)).decode(errors="replace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +159,7 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 
 def find_files(inputs):
     """Files behind `inputs` (files, folders, globs), each once, sorted per input. UserError for one that holds none."""
-    found = {}
+    found = {}  # by where a path leads, so that two names of a file are one
     for given in inputs:
         paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         if not paths:
@@ -159,14 +167,16 @@ def find_files(inputs):
         count = len(found)
         for path in map(Path, paths):
             if path.is_dir():
-                found.update((p, None) for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file())
+                for p in sorted(path.rglob("*")):
+                    if p.suffix in SUFFIXES and p.is_file():
+                        found.setdefault(p.resolve(), p)
             elif path.suffix in SUFFIXES:
-                found[path] = None
+                found.setdefault(path.resolve(), path)
             elif path == Path(given):
                 raise UserError(f"input {given}: unknown kind {path.suffix!r}; known: {', '.join(SUFFIXES)}")
         if len(found) == count:
             raise UserError(f"input {given}: no files of kind {', '.join(SUFFIXES)} that are not among the inputs already")
-    return list(found)
+    return list(found.values())
 
 
 def stdlib_files():
@@ -209,8 +219,8 @@ def read_documents(files, text_field, problems):
                     for number, line in enumerate(file, 1):
                         place = f"{path}:{number}"
                         try:
-                            text = json.loads(line)[text_field]
-                        except (ValueError, KeyError, TypeError):
+                            text = json.loads(line)[text_field] if line.strip() else ""
+                        except (ValueError, KeyError, TypeError, RecursionError):
                             text = None
                         if isinstance(text, str):
                             yield from not_empty(cut(clean(text, place)), place)
@@ -333,8 +343,8 @@ def open_shard(path):
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(4 * HEADER), dtype="<i4")
-        if len(header) < HEADER or header[0] not in KINDS or header[1] != KINDS[header[0]][0]:
+            header = np.frombuffer(file.read(4 * HEADER).ljust(4 * HEADER, b"\0"), dtype="<i4")
+        if header[0] not in KINDS or header[1] != KINDS[header[0]][0]:
             raise UserError(f"{path} is not a token shard: its header has no known magic number and version")
         count, dtype = int(header[2]), np.dtype(KINDS[header[0]][1])
         expected = 4 * HEADER + count * dtype.itemsize
@@ -343,6 +353,11 @@ def open_shard(path):
         return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER, shape=(count,)) if count else np.empty(0, dtype)
     except OSError as error:
         raise UserError(f"shard {path}: {error.strerror}") from None
+
+
+def shard_paths(folder, split):
+    """The shards of a split in order: train_000000.bin, or fineweb_train_000001.bin as llm.c names them."""
+    return sorted(p for p in Path(folder).glob("*.bin") if re.search(rf"(^|_){split}_[^_]*$", p.stem))
 
 
 class TokenData:
@@ -354,14 +369,18 @@ class TokenData:
 
     def __init__(self, folder, split, block_size, vocab_size, seed=0):
         """UserError for a folder without such shards, or with fewer than block_size + 1 tokens in each."""
-        self.paths = sorted(Path(folder).glob(f"*{split}*.bin"))
+        self.paths = shard_paths(folder, split)
         if not self.paths:
-            raise UserError(f"no {split} shards (*{split}*.bin) in {folder}")
+            raise UserError(f"no {split} shards ({split}_*.bin) in {folder}")
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.shards = [open_shard(path) for path in self.paths]
         counts = [max(0, (len(tokens) - 1) // block_size) for tokens in self.shards]
         self.ends = np.cumsum(counts)
         self.n_tokens = sum(len(tokens) for tokens in self.shards)
+        meta = read_meta(folder)
+        if meta and meta["splits"][split]["tokens"] != self.n_tokens:
+            expected = meta["splits"][split]["tokens"]
+            raise UserError(f"{folder}/meta.json counts {expected} {split} tokens, its shards hold {self.n_tokens}")
         if not self.ends[-1]:
             raise UserError(
                 f"block_size {block_size} is longer than the {split} data in {folder}: "
@@ -413,7 +432,10 @@ def read_meta(folder):
         meta = json.loads(path.read_text())
         if meta["tokenizer"]["name"] != "byte":
             meta["tokenizer"]["ranks"] = (path.parent / "tokenizer.tiktoken").read_text()
-        meta["vocab_size"], meta["splits"]["train"], meta["splits"]["val"]
+        build_encoding(meta["tokenizer"])
+        counts = [meta["vocab_size"], *(meta["splits"][s][n] for s in ("train", "val") for n in ("tokens", "bytes"))]
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError("its counts are not positive integers")
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
@@ -426,8 +448,12 @@ def read_meta(folder):
 def prepare(settings):
     """Writes the data set that `settings` describe and returns its folder; nothing is left behind on failure."""
     folder = Path(settings.data_dir) / settings.dataset
-    if folder.exists() and not settings.overwrite:
-        raise UserError(f"{folder} exists; --overwrite replaces it, --dataset=NAME writes another")
+    if folder.exists():
+        if not settings.overwrite:
+            raise UserError(f"{folder} exists; --overwrite replaces it, --dataset=NAME writes another")
+        strange = [p.name for p in folder.iterdir() if p.suffix != ".bin" and p.name not in ("meta.json", "tokenizer.tiktoken")]
+        if strange:
+            raise UserError(f"{folder} is not a data set: it holds {strange[0]}; --dataset=NAME writes another")
     if settings.input:
         files, source = find_files(settings.input), settings.input
     elif settings.dataset == "stdlib":
@@ -435,7 +461,7 @@ def prepare(settings):
     else:
         raise UserError(f"unknown dataset {settings.dataset!r}; known: stdlib, or give local text with --input=PATH")
     encoding = get_tokenizer(settings.tokenizer)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f".{folder.name}.partial")  # no data set's name begins with a dot
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -465,13 +491,15 @@ def write_shards(settings, files, source, encoding, folder):
         writer.close()
 
     total = n_documents.total()
-    for kind, (count, place) in problems.items():
-        print(f"warning: {kind}: {count} documents, the first at {place}", file=sys.stderr)
-    broken = sum(count for kind, (count, _) in problems.items() if kind != "empty")
-    if broken > settings.max_broken * max(total, 1):
-        raise UserError(f"{broken} of {total} documents are broken, more than max_broken {settings.max_broken} allows")
+    broken = {kind: found for kind, found in problems.items() if kind != "empty"}
+    n_broken = sum(count for count, _ in broken.values())
+    if n_broken > settings.max_broken * max(total, 1):
+        first = ", ".join(f"{kind} at {place}" for kind, (_, place) in broken.items())
+        raise UserError(f"{n_broken} of {total} documents are broken, more than max_broken {settings.max_broken}: {first}")
     if not total:
         raise UserError(f"no text in {', '.join(source)}")
+    for kind, (count, place) in problems.items():
+        print(f"warning: {kind}: {count} documents, the first at {place}", file=sys.stderr)
 
     state = tokenizer_state(encoding)
     if "ranks" in state:

@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 
 import prepare_data
 from configurator import UserError, configure, run
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, find_scheme
 from prepare_data import TokenData
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,8 +51,8 @@ class Settings(GPTConfig):
     gradient_accumulation_steps: int = 8  # micro-steps per step, of the whole job
     # optimization: AdamW, linear warm-up, cosine decay
     max_iters: int = 300  # steps
-    learning_rate: float = 2e-3  # at its highest
-    min_lr: float = 2e-4  # at the end of the decay
+    learning_rate: float = 4e-3  # at its highest
+    min_lr: float = 4e-4  # at the end of the decay
     warmup_iters: int = 30  # steps of linear warm-up
     lr_decay_iters: int | None = None  # step at which min_lr is reached; none: max_iters
     weight_decay: float = 0.1  # on matrices
@@ -59,7 +60,8 @@ class Settings(GPTConfig):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient of all but the gates; 0: no clipping
     gate_clip: float = 0.0  # the same for the gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
-    freeze_gates: bool = False  # keep the gates as they are
+    gates: str | None = None  # fixed gates: a number, n_layer numbers with commas between, or a run's folder (its gates)
+    freeze_gates: bool = False  # keep the gates at their initial values
     # evaluation and log
     eval_interval: int = 50  # steps between evaluations, each followed by a checkpoint
     eval_iters: int = 100  # batches of the held-out set, the same each time
@@ -76,7 +78,6 @@ class Settings(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         self.out_dir = self.out_dir or f"out-{self.norm}"
-        self.lr_decay_iters = self.lr_decay_iters or self.max_iters
         if self.init_from not in ("scratch", "resume"):
             raise ValueError(f"init_from is {self.init_from!r}; known: scratch, resume")
         if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
@@ -85,13 +86,46 @@ class Settings(GPTConfig):
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in "vocab_size max_iters warmup_iters learning_rate weight_decay grad_clip gate_clip temperature".split():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        not_negative = "vocab_size max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
+        for name in (not_negative + "gate_clip temperature peak_tflops seed").split():
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < (2**63 if isinstance(value, int) else math.inf):
+                raise ValueError(f"{name} is {value}; it must be at least 0, and finite")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie between 0 and 1")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or none")
+        if self.gates is not None and self.freeze_gates:
+            raise ValueError("gates are fixed values: freeze_gates adds nothing")
+        for name in ("gates", "freeze_gates", "gate_clip"):
+            if getattr(self, name) and not find_scheme(self.norm)[1]:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect: norm {self.norm} has no gates")
+
+
+# What belongs to one call and not to the run.
+PER_CALL = "out_dir", "init_from", "overwrite", "eval_only", "sample", "device", "dtype", "compile"
+
+
+def settings_of_run(given):
+    """Where a run is continued, evaluated or sampled its own settings are the defaults of what is not given.
+
+    UserError if the given ones contradict its architecture; changed training settings are printed.
+    """
+    if not (given.get("init_from") == "resume" or given.get("eval_only") or given.get("sample") is not None):
+        return {}
+    if given.get("overwrite"):
+        raise UserError("overwrite replaces a run with a new one: it does not go with resume, eval_only or sample")
+    out_dir = given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
+    checkpoint = load_checkpoint(out_dir)
+    before = {n: v for n, v in checkpoint["settings"].items() if n not in PER_CALL and n in Settings.__dataclass_fields__}
+    before.update(checkpoint["config"], out_dir=out_dir)
+    other = {n: v for n, v in given.items() if n in before and v != before[n]}
+    wrong = [f"{n} {checkpoint['config'][n]} (given {v})" for n, v in other.items() if n in checkpoint["config"]]
+    if wrong:
+        raise UserError(f"{out_dir} is a model of {', '.join(wrong)}")
+    for name, value in other.items() if given.get("init_from") == "resume" else ():
+        print(f"{name}: {before[name]} before, {value} now")
+    return before
 
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
@@ -109,7 +143,7 @@ def setup_device(settings):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     dtype = settings.dtype
@@ -132,8 +166,10 @@ def setup_device(settings):
 def find_data(settings):
     """Folder of the data set; the default one is prepared if it is missing. UserError for any other."""
     for folder in (Path(settings.data_dir) / settings.dataset, Path(settings.dataset)):
-        if list(folder.glob("*train*.bin")):
+        if prepare_data.shard_paths(folder, "train"):
             return folder
+        if folder.is_dir():
+            raise UserError(f"{folder} holds no train shards (train_*.bin)")
     if settings.dataset != "stdlib":
         raise UserError(
             f"no data set {settings.dataset!r} in {settings.data_dir}/; "
@@ -162,13 +198,58 @@ def load_checkpoint(out_dir):
     path = Path(out_dir) / "ckpt.pt"
     if not path.exists():
         raise UserError(f"no checkpoint {path}; train one first, or name its folder with --out_dir=")
+    kinds = {"model": dict, "optimizer": dict, "config": dict, "settings": dict, "step": int, "tokenizer": dict | None}
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model"], checkpoint["optimizer"], checkpoint["step"], GPTConfig(**checkpoint["config"])
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        strange = [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]
+        if strange:
+            raise ValueError(f"its {strange[0]} is a {type(checkpoint[strange[0]]).__name__}")
+        GPTConfig(**checkpoint["config"])
         return checkpoint
     except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read: {reason}") from None
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}") from None
+
+
+def read_log(path, last_step):
+    """The lines of a log.jsonl up to a step; a last line that was cut off by the end of its process is left out."""
+    lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    try:
+        return [line for line in lines if json.loads(line)["step"] <= last_step]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} has a line that is not a JSON object with a step; mend it or move it away") from None
+
+
+def build_model(config, weights, device, dtype):
+    """A GPT on the device, with the weights of a checkpoint or None for new ones; UserError if it cannot be had."""
+    try:
+        model = GPT(config).to(device)
+        if weights is not None:
+            model.load_state_dict(weights)
+        return model.double() if dtype == "float64" else model
+    except (RuntimeError, MemoryError, OverflowError, AttributeError) as error:
+        what = "the checkpoint's weights do not fit its config" if weights else "this model cannot be built"
+        reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+        raise UserError(f"{what}: {reason}") from None
+
+
+def read_gates(text, config):
+    """Gate values of each layer, as GPT.set_gates takes them, from a number, a list or the folder of a run; UserError.
+
+    Predefined gates are the final ones of another run (GPAS Table 5)."""
+    try:
+        values = [float(value) for value in text.split(",")]
+        return values * config.n_layer if len(values) == 1 else values
+    except ValueError:
+        weights = load_checkpoint(text)["model"]
+    names = [f"blocks.{i}.gate" for i in range(config.n_layer + 1)]
+    values = [weights[name].tolist() for name in names if name in weights]
+    if not values:
+        raise UserError(f"{text} has no gates: it was trained without gpas_")
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,7 +275,7 @@ def stream_report(model, x, y, autocast):
 
     variance     of the residual state after the layer, over the hidden dimensions, mean over tokens (Sparsity Eq. 4)
     grad_norms   norm of the gradient of the layer's parameters
-    gates        the GPAS gates a (a scale of 1 - SiLU(a)); absent without them
+    gates        the GPAS gates a, two for a layer with one per sub-layer (the scale is 1 - act(a)); absent without
     """
     variance = []
     hooks = [
@@ -209,7 +290,7 @@ def stream_report(model, x, y, autocast):
     report = {"variance": variance, "grad_norms": [torch.nn.utils.get_total_norm(g).item() for g in grads]}
     model.zero_grad(set_to_none=True)
     if model.gates():
-        report["gates"] = [gate.item() for gate in model.gates()]
+        report["gates"] = [gate.item() if len(gate) == 1 else gate.tolist() for gate in model.gates()]
     return report
 
 
@@ -217,7 +298,8 @@ def learning_rate(step, settings):
     """Linear warm-up to learning_rate, cosine decay to min_lr at lr_decay_iters, min_lr from there on."""
     if step < settings.warmup_iters:
         return settings.learning_rate * (step + 1) / settings.warmup_iters
-    share = (step - settings.warmup_iters) / max(1, settings.lr_decay_iters - settings.warmup_iters)
+    end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
+    share = (step - settings.warmup_iters) / max(1, end - settings.warmup_iters)
     low = settings.min_lr
     return low + (settings.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
@@ -233,6 +315,7 @@ def get_batch(data, first, n, device):
 def write_sample(model, tokenizer, prompt, settings, device, autocast):
     """Text: the prompt and its continuation by sample_tokens tokens; an empty prompt is the start of a document."""
     encoding = prepare_data.build_encoding(tokenizer)
+    prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # a terminal may hand over any bytes
     ids = [encoding.eot_token, *map(int, prepare_data.encode(encoding, prompt))]
     if max(ids) >= model.config.vocab_size:
         raise UserError(f"the prompt holds token {max(ids)}, the model knows {model.config.vocab_size}")
@@ -253,35 +336,33 @@ def clock(seconds):
 
 
 def main():
-    settings = configure(Settings, "Pretrains a GPT with any placement of its norms.")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    settings = configure(Settings, "Pretrains a GPT with any placement of its norms.", defaults=settings_of_run)
     device, dtype, autocast = setup_device(settings)
     out_dir = Path(settings.out_dir)
     use_checkpoint = settings.eval_only or settings.sample is not None or settings.init_from == "resume"
     checkpoint = load_checkpoint(out_dir) if use_checkpoint else None
     torch.manual_seed(settings.seed)
 
-    # -- model: its architecture is the checkpoint's where there is one
-    if checkpoint:
-        config, tokenizer = GPTConfig(**checkpoint["config"]), checkpoint["tokenizer"]
     if settings.sample is not None:
-        model = GPT(config).to(device)
-        model.load_state_dict(checkpoint["model"])
-        if not tokenizer:
+        if not checkpoint["tokenizer"]:
             raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-        print(write_sample(model, tokenizer, settings.sample, settings, device, autocast))
+        model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], device, dtype)
+        print(write_sample(model, checkpoint["tokenizer"], settings.sample, settings, device, autocast))
         return
+
+    # -- data and model
     folder = find_data(settings)
     meta = prepare_data.read_meta(folder)
-    if not checkpoint:
-        tokenizer = meta.get("tokenizer")
-        known = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
-        known["vocab_size"] = settings.vocab_size or meta.get("vocab_size", 0)
-        if not known["vocab_size"]:
-            raise UserError(f"{folder} has no meta.json: say its vocabulary with --vocab_size=N (50257 for GPT-2's)")
-        config = GPTConfig(**known)
+    tokenizer = checkpoint["tokenizer"] if checkpoint else meta.get("tokenizer")
+    known = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
+    known["vocab_size"] = settings.vocab_size or meta.get("vocab_size", 0)
+    if not known["vocab_size"]:
+        raise UserError(f"{folder} has no meta.json: say its vocabulary with --vocab_size=N (50257 for GPT-2's)")
+    config = GPTConfig(**known)
     if config.vocab_size < meta.get("vocab_size", 0):
         raise UserError(f"vocab_size {config.vocab_size} is smaller than the {meta['vocab_size']} of {folder}")
-    if checkpoint and meta and tokenizer and meta["tokenizer"] != tokenizer:
+    if meta and tokenizer and meta["tokenizer"] != tokenizer:
         raise UserError(f"{folder} was made with tokenizer {meta['tokenizer']['name']}, {out_dir} with {tokenizer['name']}")
 
     train_data, val_data = (
@@ -290,16 +371,19 @@ def main():
     val_meta = meta["splits"]["val"] if meta else None
     bits_per_nat = val_meta["tokens"] / val_meta["bytes"] / math.log(2) if val_meta else None  # per byte of the text
 
-    if not checkpoint and not settings.overwrite and any((out_dir / n).exists() for n in ("ckpt.pt", "log.jsonl")):
+    files = [f for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if f.exists() and f.stat().st_size]
+    if not checkpoint and not settings.overwrite and files:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
-    model = GPT(config).to(device)
-    if dtype == "float64":
-        model.double()
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+    model = build_model(config, checkpoint and checkpoint["model"], device, dtype)
+    if settings.gates is not None and not checkpoint:
+        try:
+            model.set_gates(read_gates(settings.gates, config))
+        except ValueError as error:
+            raise UserError(f"--gates={settings.gates}: {error}") from None
     for gate in model.gates():
-        gate.requires_grad_(not settings.freeze_gates)
-    count, tokens_per_step = model.count_params(), settings.batch_size * settings.gradient_accumulation_steps * config.block_size
+        gate.requires_grad_(not settings.freeze_gates and settings.gates is None)
+    count = model.count_params()
+    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
     print(
         f"{config.norm}: {config.n_layer} layers x {config.n_embd}, {count['total']:,} parameters "
         f"({count['active']:,} active, {count['non_embedding']:,} without embedding and head), "
@@ -324,7 +408,10 @@ def main():
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=True)
     step = 0
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"the optimizer state in {out_dir}/ckpt.pt does not fit the model: {error}") from None
         for group, new in zip(optimizer.param_groups, groups):
             group.update(weight_decay=new["weight_decay"], betas=(settings.beta1, settings.beta2))
         step = checkpoint["step"]
@@ -334,14 +421,17 @@ def main():
     # -- log: kept up to the step that is continued
     out_dir.mkdir(parents=True, exist_ok=True)
     log_path = out_dir / "log.jsonl"
-    kept = []
-    if checkpoint and log_path.exists():
-        kept = [line for line in log_path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
-    log_path.write_text("".join(kept))
+    kept = read_log(log_path, step) if checkpoint else []
+    log_path.with_suffix(".partial").write_text("".join(kept))
+    log_path.with_suffix(".partial").replace(log_path)
     log_file = open(log_path, "a", buffering=1)
 
     def log(record):
         log_file.write(json.dumps(record) + "\n")
+
+    def stop_unless_finite(name, value):
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value} at step {step}; {out_dir}/ckpt.pt is from before, a lower learning_rate may help")
 
     # -- loop
     use_compile = device.type == "cuda" if settings.compile is None else settings.compile
@@ -357,6 +447,7 @@ def main():
         if (step % settings.eval_interval == 0 or is_last) and not is_resumed_here:
             train_seconds += time.monotonic() - last_time
             text, record = describe(evaluate(net, val_data, settings, device, autocast))
+            stop_unless_finite("validation loss", record["val_loss"])
             print(f"step {step:5d}: {text}")
             log({"step": step, **record, **stream_report(model, *report_batch, autocast)})
             state = {
@@ -393,6 +484,8 @@ def main():
 
         if step % settings.log_interval == 0:
             record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+            stop_unless_finite("loss", record["loss"])
+            stop_unless_finite("gradient norm", record["grad_norm"])
             now = time.monotonic()
             train_seconds += now - last_time
             rate = (step - last_step) * tokens_per_step / max(train_seconds, 1e-9)
@@ -410,8 +503,6 @@ def main():
                 f"{rate:,.0f} tokens/s, {reached}, {clock(left)} left"
             )
             log(record)
-            if not math.isfinite(record["loss"]):
-                raise UserError(f"loss is {record['loss']} at step {step}, lr {lr:.2e}; the last checkpoint is untouched")
 
     print(f"done in {clock(time.monotonic() - started)}: {out_dir}/ckpt.pt, {out_dir}/log.jsonl")
     if tokenizer:

@@ -18,6 +18,23 @@ def layernorm(x, w, eps=1e-6):
     return rms(x, w, eps)
 
 
+def groupnorm(x, w, groups):
+    """LayerNorm of each group of channels."""
+    d = x.shape[-1] // groups
+    parts = [layernorm(x[..., i * d : (i + 1) * d], w[i * d : (i + 1) * d]) for i in range(groups)]
+    return torch.cat(parts, -1)
+
+
+def normalize(x, P, name, c):
+    """The norm called `name` of a model with parameters P."""
+    w = P[name + ".weight"] if c.norm_affine else torch.ones(x.shape[-1], dtype=x.dtype)
+    if c.norm_type == "dyt":
+        return torch.tanh(P[name + ".alpha"] * x) * w + (P[name + ".bias"] if c.norm_affine else 0)
+    if c.norm_type == "groupnorm":
+        return groupnorm(x, w, c.norm_groups)
+    return {"rmsnorm": rms, "layernorm": layernorm}[c.norm_type](x, w)
+
+
 def rotary(x, theta=10000.0):
     """x (B, T, heads, D): the pair (x_i, x_{i + D/2}) as a complex number, turned by m theta^(-2i/D) at position m."""
     T, D = x.shape[1], x.shape[-1]
@@ -27,19 +44,21 @@ def rotary(x, theta=10000.0):
     return torch.cat((z.real, z.imag), -1)
 
 
-def attention(x, P, n_head, n_kv_head, qk_norm="none"):
+def attention(x, P, c):
     B, T, _ = x.shape
-    q, k, v = x @ P["q_proj.weight"].T, x @ P["k_proj.weight"].T, x @ P["v_proj.weight"].T
-    D = q.shape[-1] // n_head
-    if qk_norm == "full":
-        q, k = rms(q, P["q_norm.weight"]), rms(k, P["k_norm.weight"])
-    q, k, v = q.view(B, T, n_head, D), k.view(B, T, n_kv_head, D), v.view(B, T, n_kv_head, D)
-    if qk_norm == "head":
-        q, k = rms(q, P["q_norm.weight"]), rms(k, P["k_norm.weight"])
-    q, k = rotary(q), rotary(k)
+    D = c.n_embd // c.n_head
+    qkv = {n: x @ P[f"{n}_proj.weight"].T for n in "qkv"}
+    normed = "qkv" if c.v_norm else "qk"
+    for n, heads in zip("qkv", (c.n_head, c.n_kv_head, c.n_kv_head)):
+        if c.qk_norm == "full" and n in normed:
+            qkv[n] = normalize(qkv[n], P, n + "_norm", c)
+        qkv[n] = qkv[n].view(B, T, heads, D)
+        if c.qk_norm == "head" and n in normed:
+            qkv[n] = normalize(qkv[n], P, n + "_norm", c)
+    q, k, v = rotary(qkv["q"]), rotary(qkv["k"]), qkv["v"]
     out = torch.zeros_like(q)
-    for h in range(n_head):
-        g = h // (n_head // n_kv_head)
+    for h in range(c.n_head):
+        g = h // (c.n_head // c.n_kv_head)
         score = q[:, :, h] @ k[:, :, g].transpose(1, 2) / math.sqrt(D)
         score = score + torch.full((T, T), -math.inf, dtype=x.dtype).triu(1)
         out[:, :, h] = torch.softmax(score, -1) @ v[:, :, g]
@@ -55,38 +74,68 @@ def silu(a):
     return a / (1 + torch.exp(-a))
 
 
-def forward(P, c, idx, norm=rms, gpas=None):
-    """Logits of the model with parameters P (by name) and configuration c; `gpas(x, a)` may be replaced to be wrong."""
-    gpas = gpas or (lambda x, a: x - silu(a) * x.detach())
+ACTS = {
+    "silu": silu,
+    "identity": lambda a: a,
+    "relu": lambda a: torch.where(a > 0, a, 0.0),
+    "leaky_relu": lambda a: torch.where(a > 0, a, 0.01 * a),
+    "tanh": lambda a: (torch.exp(a) - torch.exp(-a)) / (torch.exp(a) + torch.exp(-a)),
+    "scale_silu": lambda a: a / (1 + torch.exp(-8 * a)),
+}
+
+
+def forward(P, c, idx, gpas=None, norm=None):
+    """Logits of the model with parameters P (by name) and configuration c.
+
+    To be wrong, `gpas(x, a)` or `norm(x, P, name, c)` may be replaced.
+    """
+    gpas = gpas or (lambda x, a: x - ACTS[c.gpas_act](a) * (x.detach() if c.gpas_stop_gradient else x))
+    norm = norm or normalize
     L, name = c.n_layer, c.norm.removeprefix("gpas_")
     gated = c.norm.startswith("gpas_")
     x = P["embed_tokens.weight"][idx]
-    if name == "peri":
-        x = norm(x, P["embed_norm.weight"])
+    if c.embed_norm:
+        x = norm(x, P, "embed_norm", c)
     for i in range(L):
-        l, B = i + 1, {k.removeprefix(f"blocks.{i}."): p for k, p in P.items() if k.startswith(f"blocks.{i}.")}
-        g = (lambda x: gpas(x, B["gate"])) if gated else (lambda x: x)
+        l, B, layer_input = i + 1, {k.removeprefix(f"blocks.{i}."): p for k, p in P.items() if k.startswith(f"blocks.{i}.")}, x
         for part in ("attn", "mlp"):
             sub = {k.removeprefix(part + "."): p for k, p in B.items()}
-            f = (lambda x: attention(x, sub, c.n_head, c.n_kv_head, c.qk_norm)) if part == "attn" else (lambda x: mlp(x, sub))
-            N = {k: (lambda x, w=B.get(f"{part}_residual.{k}_norm.weight"): norm(x, w)) for k in ("pre", "out", "post")}
-            if name == "post" or (name == "mix" and l <= L // 4):
-                x = N["post"](g(x) + f(x))
+            b = B.get(f"{part}_residual.branch_scale", 1)
+            f = (lambda x: b * attention(x, sub, c)) if part == "attn" else (lambda x: b * mlp(x, sub))
+            A, Bn, C = ((lambda x, k=k: norm(x, B, f"{part}_residual.{k}_norm", c)) for k in ("pre", "out", "post"))
+            gate = B["gate"][(0 if part == "attn" else -1,)] if gated else None
+            g = {p: (lambda x: gpas(x, gate)) if gated and p == c.gpas_position else (lambda x: x) for p in ("sublayer", "before", "norm", "module")}
+            s = 1 / math.sqrt(l)
+            s = {p: s if name == "lns" and c.s_position == p else 1 for p in ("norm", "branch", "residual")}
+            end, x = g["sublayer"], g["before"](x)
+            a, m = (lambda x: g["norm"](A(x))), g["module"]
+            if name == "post" or (name == "mix" and l <= math.floor(L * c.mix_ratio)):
+                x = C(end(x) + m(f(x)))
             elif name == "deepnorm":
-                x = N["post"]((2 * L) ** 0.25 * g(x) + f(x))
-            elif name in ("pre", "mix"):
-                x = g(x + f(N["pre"](x)))
+                x = C((2 * L) ** 0.25 * end(x) + m(f(x)))
+            elif name == "admin":
+                x = C(B[f"{part}_residual.omega"] * end(x) + m(f(x)))
+            elif name == "b2t":
+                x = C(end(x) + m(f(x)) + (layer_input if part == "mlp" else 0))
+            elif name in ("pre", "mix", "group", "dyt", "layerscale", "skipinit", "scaled_init", "depth_init", "olmo_init"):
+                x = end(x + m(f(a(x))))
             elif name in ("sandwich", "peri"):
-                x = g(x + N["out"](f(N["pre"](x))))
-            elif name == "out":
-                x = g(x + N["out"](f(x)))
+                x = end(x + m(Bn(f(a(x)))))
+            elif name in ("out", "olmo2"):
+                x = end(x + m(Bn(f(x))))
             elif name == "pre_post":
-                x = N["post"](g(x) + f(N["pre"](x)))
+                x = C(end(x) + m(f(a(x))))
             elif name == "lns":
-                x = g(x + f(N["pre"](x) / math.sqrt(l)))
+                x = end(s["residual"] * (x + m(s["branch"] * f(g["norm"](A(x) * s["norm"])))))
+            elif name == "hybrid" and l == 1:
+                x = end(x + m(f(a(x))))
+            elif name == "hybrid" and part == "attn":  # the MLP below sees the normalized state twice: in f and beside it
+                x = C(end(x) + m(f(x)))
+            elif name == "hybrid":
+                x = end(x + m(f(x)))
             else:
                 raise AssertionError(c.norm)
-    return norm(x, P["norm.weight"]) @ P["lm_head.weight"].T
+    return norm(x, P, "norm", c) @ P["lm_head.weight"].T
 
 
 def loss(logits, targets):

@@ -19,6 +19,7 @@ class Settings(Base):
     # rest
     name: str = "pre"  # which one
     n_head: int | None = None  # heads; none: as many as layers
+    title: str | None = None  # any text
     flag: bool = False  # on or off
     maybe: bool | None = None  # on, off or as it comes
     input: list[str] = field(default_factory=list)  # paths
@@ -34,14 +35,14 @@ def read(*argv, **kwargs):
 
 def test_command_line_forms():
     s = read("--n_layer=3", "--ratio", "1e-3", "--flag", "--n_head=none", "--maybe=false", "--name", "x=y")
-    assert s == Settings(3, 1e-3, "x=y", None, True, False, [])
+    assert s == Settings(3, 1e-3, "x=y", None, None, True, False, [])
     assert read("--flag", "False").flag is False
     assert read("--flag", "--n_layer=2") == Settings(n_layer=2, flag=True)
     assert read("--ratio=2").ratio == 2.0 and isinstance(read("--ratio=2").ratio, float)
     assert read("--n_layer=3", "--n_layer=4").n_layer == 4
     assert read("--ratio", "-1").ratio == -1
     assert read("--input", "a", "b", "--flag", "--input=c").input == ["a", "b", "c"]
-    assert read("--name=none").name == "none"
+    assert read("--name=none").name == read("--title=none").title == "none"
 
 
 def test_files_and_command_line_override_in_order(tmp_path):
@@ -52,6 +53,11 @@ def test_files_and_command_line_override_in_order(tmp_path):
     assert (s.n_layer, s.ratio, s.name, s.n_head, s.input) == (6, 1.0, "b", 2, ["x"])
     assert read(str(second), str(first)).name == "a"
     assert read("--name=c", str(first)).name == "a"  # in the order given
+
+
+def test_defaults_that_depend_on_what_is_given():
+    s = read("--n_layer=3", defaults=lambda given: {"n_layer": 5, "ratio": given["n_layer"] / 4})
+    assert (s.n_layer, s.ratio, s.name) == (3, 0.75, "pre")
 
 
 def test_positional_arguments():
@@ -93,6 +99,9 @@ def test_mistakes_on_the_command_line(argv, message):
         ("input = [1]", "input expects one or more str"),
         ("n_layer = ", "SyntaxError"),
         ("n_layer = 1 / 0", "ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+        ("ratio = 10**400", "ratio expects float"),
+        ("def n_layer(): pass", "n_layer expects int"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, text, message):

@@ -59,7 +59,7 @@ def test_every_document_arrives_once(tmp_path, corpus):
         counts = meta["splits"][split]
         assert counts["documents"] == len(documents(folder, split))
         assert counts["tokens"] == len(tokens(folder, split)) == counts["bytes"] + counts["documents"]
-    assert not list(folder.parent.glob("*.partial"))
+    assert not list(folder.parent.glob(".*.partial"))
 
 
 def test_split_is_stable_when_files_are_added(tmp_path, corpus):
@@ -112,6 +112,24 @@ def test_jsonl_and_globs_and_folders(tmp_path):
     assert prepare_data.find_files([str(tmp_path)]) == [tmp_path / "a.jsonl", tmp_path / "b.md"]
 
 
+def test_a_file_counts_once_and_blank_lines_are_empty(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="not among the inputs already"):
+        prepare_data.find_files([str(tmp_path / "a.jsonl"), str(tmp_path / "link" / "a.jsonl")])
+    folder = prepare(tmp_path, tmp_path / "a.jsonl")
+    assert sorted(documents(folder, "train") + documents(folder, "val")) == ["one", "two"]
+    assert "empty: 1 documents" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_data_sets_only(tmp_path, corpus):
+    (tmp_path / "data" / "d").mkdir(parents=True)
+    (tmp_path / "data" / "d" / "thesis.doc").write_text("keep")
+    with pytest.raises(UserError, match="not a data set: it holds thesis.doc"):
+        prepare(tmp_path, corpus, overwrite=True)
+    assert (tmp_path / "data" / "d" / "thesis.doc").read_text() == "keep"
+
+
 def test_broken_text_is_counted_and_named(tmp_path, capsys):
     good = tmp_path / "good.txt"
     good.write_text("fine\n")
@@ -149,7 +167,8 @@ def test_damaged_shards_are_named(tmp_path):
     for damaged, message in (
         (data[:-1], "has 1123 bytes where its header says 1124"),
         (data + b"x", "has 1125 bytes"),
-        (data[:500], "not a token shard"),
+        (data[:500], "has 500 bytes where its header says 1124"),
+        (data[:3], "not a token shard"),
         (b"", "not a token shard"),
         (b"\x80" + data[1:], "not a token shard"),
         (data[:4] + b"\x09" + data[5:], "not a token shard"),
@@ -288,6 +307,13 @@ def test_permutation_is_one_and_looks_random():
     assert min(firsts.values()) > 220 and len(firsts) == 10
 
 
+def test_splits_are_told_apart_by_their_place_in_the_name(tmp_path):
+    for name in ("medieval_train_000000.bin", "medieval_val_000000.bin", "val_train_1.bin"):
+        (tmp_path / name).write_bytes(b"")
+    assert [p.name for p in prepare_data.shard_paths(tmp_path, "val")] == ["medieval_val_000000.bin"]
+    assert [p.name for p in prepare_data.shard_paths(tmp_path, "train")] == ["medieval_train_000000.bin", "val_train_1.bin"]
+
+
 def test_reader_mistakes(shards, tmp_path):
     with pytest.raises(UserError, match="block_size 300 is longer than the train data"):
         TokenData(shards, "train", 300, 1000)
@@ -299,7 +325,14 @@ def test_reader_mistakes(shards, tmp_path):
 
 def test_damaged_meta(tmp_path, corpus):
     folder = prepare(tmp_path, corpus)
-    for text in ("{", "[]", "{}", '{"tokenizer": {"name": "byte"}}', '{"tokenizer": {"name": "x"}, "vocab_size": 1}'):
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["splits"]["val"]["tokens"] += 1
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"counts \d+ val tokens, its shards hold"):
+        TokenData(folder, "val", 8, 257)
+    meta["splits"]["val"]["tokens"] -= 1
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for text in ("{", "[]", "{}", (folder / "meta.json").read_text().replace("257", "-3"), '{"tokenizer": {"name": "byte"}}', '{"tokenizer": {"name": "x"}, "vocab_size": 1}'):
         (folder / "meta.json").write_text(text)
         with pytest.raises(UserError, match="meta.json is damaged"):
             prepare_data.read_meta(folder)

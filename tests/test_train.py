@@ -80,8 +80,7 @@ def test_checkpoint(folder):
 
 def test_evaluation_and_sample_of_a_checkpoint(folder):
     log = read_log(folder / "out-gpas_pre" / "log.jsonl")
-    args = ["--norm=gpas_pre", "--dataset=d", "--batch_size=4", "--eval_iters=4", "--dtype=bfloat16", "--device=cpu"]
-    done = call(*args, "--eval_only", cwd=folder)
+    done = call("--norm=gpas_pre", "--eval_only", "--dtype=bfloat16", "--device=cpu", cwd=folder)  # settings are the run's
     assert done.returncode == 0, done.stderr
     assert f"step 8: validation loss {log[-1]['val_loss']:.4f}" in done.stdout
     assert read_log(folder / "out-gpas_pre" / "log.jsonl") == log
@@ -103,8 +102,11 @@ def test_resume_continues(folder):
     args = [*SMALL, *SHORT, "--norm=gpas_mix", "--mix_ratio=0.5", "--dtype=float32"]
     assert call(*args, "--out_dir=whole", cwd=folder).returncode == 0
     assert call(*args, "--out_dir=parts", "--max_iters=4", "--lr_decay_iters=8", cwd=folder).returncode == 0
-    done = call(*args, "--out_dir=parts", "--init_from=resume", cwd=folder)
+    with open(folder / "parts" / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "los')  # a line that a killed process left
+    done = call("--out_dir=parts", "--init_from=resume", "--max_iters=8", "--dtype=float32", "--device=cpu", cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert "max_iters: 4 before, 8 now" in done.stdout
     whole, parts = (torch.load(folder / d / "ckpt.pt", weights_only=True)["model"] for d in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     losses = [[(r["step"], r.get("loss"), r.get("val_loss")) for r in read_log(folder / d / "log.jsonl")] for d in ("whole", "parts")]
@@ -120,6 +122,25 @@ def test_training_beats_a_unigram_model(folder):
 def test_frozen_gates_stay(folder):
     assert call(*SMALL, *SHORT, "--norm=gpas_post", "--freeze_gates", cwd=folder).returncode == 0
     assert read_log(folder / "out-gpas_post" / "log.jsonl")[-1]["gates"] == [0, 0]
+
+
+def test_gates_of_another_run(folder):
+    """Predefined gates (GPAS Table 5): the final ones of the first run, fixed."""
+    args = [*SMALL, *SHORT, "--norm=gpas_sandwich", "--gates=out-gpas_pre"]
+    assert call(*args, cwd=folder).returncode == 0
+    final = read_log(folder / "out-gpas_pre" / "log.jsonl")[-1]["gates"]
+    for r in read_log(folder / "out-gpas_sandwich" / "log.jsonl"):
+        assert r.get("gates", final) == pytest.approx(final)
+
+
+def test_divergence_keeps_the_last_good_checkpoint(folder):
+    args = [*SMALL, *SHORT, "--norm=post", "--max_iters=4", "--dtype=float32"]
+    assert call(*args, cwd=folder).returncode == 0
+    before, log = ((folder / "out-post" / name).read_bytes() for name in ("ckpt.pt", "log.jsonl"))
+    done = call("--norm=post", "--init_from=resume", "--max_iters=20", "--learning_rate=1e38", "--log_interval=100", cwd=folder)
+    assert done.returncode == 2 and "validation loss is nan at step 8" in done.stderr
+    assert (folder / "out-post" / "ckpt.pt").read_bytes() == before
+    assert (folder / "out-post" / "log.jsonl").read_bytes() == log
 
 
 def test_compiled_run_equals_the_eager_one(folder):
@@ -168,6 +189,14 @@ def test_bare_shards_train(folder):
         (["--dataset=large", "--vocab_size=257"], "does not fit the vocabulary of 257"),
         (["--batch_size=0"], "batch_size is 0"),
         (["--out_dir=text.txt"], "text.txt"),
+        (["--init_from=resume", "--out_dir=out-gpas_pre", "--n_layer=3"], "out-gpas_pre is a model of n_layer 2 (given 3)"),
+        (["--eval_only", "--out_dir=out-gpas_pre", "--overwrite"], "does not go with"),
+        (["--freeze_gates"], "freeze_gates=True has no effect: norm pre has no gates"),
+        (["--norm=gpas_pre", "--gates=0.1,0.2,0.3"], "3 gate values for the 2 gates"),
+        (["--norm=gpas_pre", "--gates=nowhere"], "no checkpoint nowhere/ckpt.pt"),
+        (["--init_std=1e30"], "is nan at step 0"),
+        (["--min_lr=-1"], "min_lr is -1.0"),
+        (["--n_embd=200000000"], "cannot be built"),
     ],
     ids=str,
 )
@@ -186,7 +215,7 @@ def test_mistakes_end_in_one_line_and_2(folder, monkeypatch, capsys, args, messa
         (folder / "data" / "other" / f"{split}_000000.bin").write_bytes(b"PAR1" + shard[4:])
         (folder / "data" / "large" / f"{split}_000000.bin").write_bytes(shard[:1024] + b"\xff\x7f" * ((len(shard) - 1024) // 2))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *SHORT, *args])
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *SHORT, "--out_dir=fresh", *args])
     with pytest.raises(SystemExit) as stop:
         configurator.run(train.main)
     out, err = capsys.readouterr()
