@@ -153,7 +153,7 @@ def deepnorm_std(config, name, l, shape):
     return gain * xavier_std(config, name, l, shape)
 
 
-# Standard deviation of the matrix `name` (q_proj ... down_proj) of layer l; the head has base_std, the embedding its own.
+# Standard deviation of the matrix `name` (q_proj ... down_proj) of layer l; head and routers have base_std, the embedding its own.
 OUTPUTS = "o_proj", "down_proj"
 INITS = {
     "normal": lambda c, name, l, shape: base_std(c),
@@ -282,8 +282,18 @@ class GPTConfig:
     n_head: int = 4  # query heads
     n_embd: int = 128  # width of the residual stream
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
-    n_hidden: int | None = None  # MLP width; none: 8/3 n_embd, rounded up to a multiple of 8
+    n_hidden: int | None = None  # MLP width, of each expert too; none: 8/3 n_embd, rounded up to a multiple of 8
     rope_theta: float = 10000.0  # base of the rotary embedding
+    # mixture of experts
+    n_expert: int = 0  # experts in place of the MLP; 0: a dense MLP
+    n_expert_active: int = 2  # top-k: experts that a token reaches
+    n_expert_shared: int = 0  # experts that every token reaches besides
+    normalize_gates: bool = True  # gates sum to 1 over the chosen experts; false: OLMoE's, bare probabilities
+    average_shared: bool = False  # shared experts are averaged in, as in Sparsity's code; false: added
+    moe_from: int = 1  # first layer with experts, from 1
+    moe_every: int = 1  # experts in every so-many-th layer from there
+    balance_weight: float = 0.01  # of the load-balancing loss
+    z_weight: float = 0.001  # of the router z-loss
     # normalization; none: as the scheme's row says
     norm: str = "pre"  # placement, a row of SCHEMES in model.py, or gpas_<row>
     norm_type: str | None = None  # rmsnorm, layernorm, groupnorm or dyt
@@ -325,6 +335,14 @@ class GPTConfig:
         for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_expert < 0 or self.n_expert_shared < 0:
+            raise ValueError(f"n_expert {self.n_expert} and n_expert_shared {self.n_expert_shared} must be at least 0")
+        if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
+            raise ValueError(f"n_expert_active {self.n_expert_active} must lie between 1 and n_expert {self.n_expert}")
+        if self.moe_every < 1 or not 1 <= self.moe_from <= self.n_layer:
+            raise ValueError(f"moe_from {self.moe_from} must be a layer and moe_every {self.moe_every} at least 1")
+        if not (self.balance_weight >= 0 and self.z_weight >= 0):
+            raise ValueError(f"balance_weight {self.balance_weight} and z_weight {self.z_weight} must be at least 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.head_dim % 2:
@@ -360,6 +378,8 @@ class GPTConfig:
         defaults = {"gpas_act": "silu", "gpas_position": "sublayer", "gpas_stop_gradient": True, "gate_per": "layer"}
         for name, default in {**defaults, "gate_init": 0.0}.items():
             without_effect[name] = not gated and getattr(self, name) != default, "a gpas_ scheme"
+        for name, default in {"n_expert_shared": 0, "average_shared": False, "moe_from": 1, "moe_every": 1}.items():
+            without_effect[name] = not self.n_expert and getattr(self, name) != default, "n_expert above 0"
         if gated and self.gpas_position == "norm" and "A" not in places:
             without_effect["gpas_position"] = True, "a norm at A"
         for name, (is_wrong, needed) in without_effect.items():
@@ -504,15 +524,147 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(SiLU(gate(x)) * up(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config, width):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, width, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, width, bias=False)
+        self.down_proj = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x):
         x = to_matmul_dtype(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """n_expert SwiGLUs, their matrices stacked (expert, out, in), each for its own rows of the input."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, d, h = config.n_expert, config.n_embd, config.n_hidden
+        self.gate_proj, self.up_proj = nn.Parameter(torch.empty(E, h, d)), nn.Parameter(torch.empty(E, h, d))
+        self.down_proj = nn.Parameter(torch.empty(E, d, h))
+
+    def forward(self, x, ends):
+        """x (rows, n_embd) sorted by expert, those of expert e up to row ends[e] -> the same shape."""
+        h = F.silu(GroupedLinear.apply(x, self.gate_proj, ends)) * GroupedLinear.apply(x, self.up_proj, ends)
+        return GroupedLinear.apply(h, self.down_proj, ends)
+
+
+class MoE(nn.Module):
+    """Dropless mixture of experts in place of the MLP (Sparsity Eq. 17-18), g the gates of the k chosen experts:
+
+        p = softmax(W x);   y = sum over the k largest p_i of g_i * expert_i(x);   g = p / sum of the k, or p itself
+
+    and the shared experts' output added, or averaged in as one expert of k + 1. After a forward pass `load` (n_expert,)
+    counts the tokens of each expert, and in training `balance_loss` and `z_loss` are set; their statistics are those of
+    this process's micro-batch, as in published code, not of the global batch.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k, self.normalize_gates = config.n_expert_active, config.normalize_gates
+        self.average_shared = config.average_shared
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = Experts(config)
+        self.shared = MLP(config, config.n_expert_shared * config.n_hidden) if config.n_expert_shared else None
+
+    def forward(self, x):
+        k, tokens = self.top_k, x.flatten(0, -2)  # (N, n_embd)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.router.weight.dtype), torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(tokens.to(dtype), self.router.weight.to(dtype))  # (N, n_expert)
+        p = logits.softmax(-1)
+        gates, chosen = p.topk(k)  # (N, k)
+        if self.normalize_gates:
+            gates = gates / gates.sum(-1, keepdim=True)
+
+        chosen = chosen.flatten()
+        order = chosen.argsort(stable=True)  # row r of the sorted tokens is token order[r] // k
+        self.load = torch.zeros_like(p[0], dtype=torch.int64).scatter_add_(0, chosen, torch.ones_like(chosen))
+        rows = to_matmul_dtype(tokens).index_select(0, order // k)
+        out = self.experts(rows, self.load.cumsum(0).to(torch.int32))
+        out = out.index_select(0, order.argsort()).view(-1, k, out.shape[-1])  # (N, k, n_embd), as the tokens came
+        y = (out * gates[..., None]).sum(1).to(x.dtype).view(x.shape)
+
+        if self.training:
+            # Switch form: n_expert / k * sum of f_i * P_i, f_i the share of the tokens sent to i, P_i its mean probability
+            f = self.load.to(dtype) / len(tokens)
+            self.balance_loss = len(f) / k * (f * p.mean(0)).sum()
+            self.z_loss = logits.logsumexp(-1).square().mean()
+        if self.shared is None:
+            return y
+        return (k * y + self.shared(x)) / (k + 1) if self.average_shared else y + self.shared(x)
+
+
+def rows_of_experts(ends):
+    """(expert, slice of its rows) for every expert."""
+    ends = ends.tolist()
+    return enumerate(map(slice, [0, *ends], ends))
+
+
+def has_grouped_mm(*tensors):
+    """Whether torch's grouped product takes these: on CUDA, without a synchronization; rows of a multiple of 16 bytes."""
+    return all(t.is_cuda and t.dtype != torch.float64 and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
+
+
+# One opaque operator, so that torch.compile keeps one graph whatever the load of the experts. On the CPU a product per
+# expert is as fast as torch's grouped one, takes every dtype, and casts the weights expert by expert.
+@torch.library.custom_op("nanonorm::grouped_product", mutates_args=())
+def grouped_product(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """x (rows, n_in), sorted by expert, times w[e] (n_out, n_in) for the rows of expert e: (rows, n_out) of x's dtype."""
+    if has_grouped_mm(x, w.transpose(1, 2)):
+        return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends)
+    out = x.new_empty(len(x), w.shape[1])
+    for e, rows in rows_of_experts(ends):
+        torch.mm(x[rows], w[e].to(x.dtype).t(), out=out[rows])
+    return out
+
+
+@torch.library.custom_op("nanonorm::grouped_outer", mutates_args=())
+def grouped_outer(g: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The gradient of w: the sum of g (rows, n_out) times x (rows, n_in) over each expert's rows, as `like`."""
+    if has_grouped_mm(g, x):
+        return F.grouped_mm(g.t(), x, offs=ends).to(like.dtype)
+    out = torch.empty_like(like)
+    for e, rows in rows_of_experts(ends):
+        out[e] = g[rows].t() @ x[rows]
+    return out
+
+
+@grouped_product.register_fake
+def _(x, w, ends):
+    return x.new_empty(x.shape[0], w.shape[1])
+
+
+@grouped_outer.register_fake
+def _(g, x, ends, like):
+    return torch.empty_like(like)
+
+
+class GroupedLinear(torch.autograd.Function):
+    """grouped_product with its gradients; an autograd function, since torch.func does not reach through an operator's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, ends):
+        return grouped_product(x, w, ends)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, ends = ctx.saved_tensors
+        g = g.contiguous()
+        return grouped_product(g, w.transpose(1, 2), ends), grouped_outer(g, x, ends, w), None
+
+
+def make_mlp(config, l):
+    """The MLP of layer l: experts from layer moe_from on, in every moe_every-th layer, where there are any."""
+    is_moe = config.n_expert and l >= config.moe_from and (l - config.moe_from) % config.moe_every == 0
+    return MoE(config) if is_moe else MLP(config, config.n_hidden)
 
 
 class Block(nn.Module):
@@ -526,7 +678,7 @@ class Block(nn.Module):
         self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if gated else None
         self.gpas_act, self.b2t = config.gpas_act, scheme.b2t
         self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
-        self.mlp, self.mlp_residual = MLP(config), Residual(config, l, is_mlp=True)
+        self.mlp, self.mlp_residual = make_mlp(config, l), Residual(config, l, is_mlp=True)
 
     def forward(self, x, cache=None):
         bottom = x if self.b2t else None
@@ -582,10 +734,10 @@ class GPT(nn.Module):
             if p.dim() == 1:
                 p.fill_(self.initial_value(name))
                 continue
-            matrix = name.split(".")[-2]
+            matrix = name.removesuffix(".weight").rpartition(".")[2]
             if matrix == "embed_tokens":
                 std = c.embed_std
-            elif matrix == "lm_head":
+            elif matrix in ("lm_head", "router"):
                 std = base_std(c)
             else:
                 std = INITS[c.init](c, matrix, int(name.split(".")[1]) + 1, p.shape)
@@ -624,9 +776,11 @@ class GPT(nn.Module):
                 x = residual(x, f)
 
     def forward(self, idx, targets=None, caches=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the mean cross-entropy in nats.
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the loss in nats.
 
-        Targets of -100 are not counted. `caches`, one KVCache a block, says that idx continues what they hold.
+        It is the mean cross-entropy over the targets that are not -100; in training mode the routers' losses, averaged
+        over layers and weighted, are added, and `self.losses` holds the parts. `caches`, one KVCache a block, says that
+        idx continues what they hold.
         """
         x = self.embed_norm(self.embed_tokens(idx))
         for i, block in enumerate(self.blocks):
@@ -635,7 +789,15 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         logits32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits, F.cross_entropy(logits32.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        loss = F.cross_entropy(logits32.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        self.losses = {"cross_entropy": loss.detach()}
+        moes = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        if self.training and moes:
+            balance = torch.stack([moe.balance_loss for moe in moes]).mean()
+            z = torch.stack([moe.z_loss for moe in moes]).mean()
+            self.losses |= {"balance": balance.detach(), "z": z.detach()}
+            loss = loss + self.config.balance_weight * balance + self.config.z_weight * z
+        return logits, loss
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None):
@@ -695,7 +857,12 @@ class GPT(nn.Module):
         """Parameters: `total`, `active` (those that one token meets) and `non_embedding` (without table and head)."""
         total = sum(p.numel() for p in self.parameters())
         vocab = self.embed_tokens.weight.numel() + self.lm_head.weight.numel()
-        return {"total": total, "active": total, "non_embedding": total - vocab}
+        return {"total": total, "active": total - self.count_idle(), "non_embedding": total - vocab}
+
+    def count_idle(self):
+        """Parameters of the experts that a token does not reach."""
+        share = 1 - self.config.n_expert_active / max(1, self.config.n_expert)
+        return round(sum(share * p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters()))
 
     def flops_per_token(self, T=None):
         """Floating-point operations of one token's forward and backward pass in sequences of T tokens (block_size).
@@ -706,7 +873,7 @@ class GPT(nn.Module):
         config, T = self.config, T or self.config.block_size
         matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2) - self.embed_tokens.weight.numel()
         attention = 12 * config.n_layer * config.n_head * config.head_dim * (T + 1) / 2
-        return 6 * matrices + attention
+        return 6 * (matrices - self.count_idle()) + attention
 
     def mfu(self, tokens_per_s, peak_flops, T=None):
         """Model FLOPs utilization: the share of the hardware's peak (in FLOP/s) that the model's own work reaches."""

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import configure, run
-from model import GPT, SCHEMES, GPTConfig
+from model import GPT, MLP, SCHEMES, GPTConfig, MoE
 from test_model import saved_bytes
 
-PARTS = "schemes", "gpas", "compiled", "memory", "peak", "llama"
+PARTS = "schemes", "gpas", "compiled", "memory", "moe", "peak", "llama"
 
 
 @dataclass
@@ -109,6 +109,23 @@ def peak_share(settings, dtype, rounds=8):
     return f"{statistics.median(shares):.2f} of the peak ({min(shares):.2f} to {max(shares):.2f}), {statistics.median(rates) / 1e9:.0f} GFLOP/s"
 
 
+def layer_step(n_expert, top_k, dtype):
+    """A function that does a forward and backward pass of experts of width 1536, or of a dense MLP of width 1536 top_k
+    (no experts), at n_embd 768 and 2048 tokens."""
+    config = GPTConfig(n_embd=768, n_head=12, n_hidden=1536, n_expert=n_expert, n_expert_active=min(top_k, n_expert or top_k))
+    layer, x = MoE(config) if n_expert else MLP(config, 1536 * top_k), torch.randn(1, 2048, 768, requires_grad=True)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+
+    def step():
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            y = layer(x)
+        y.float().square().mean().backward()
+
+    return step
+
+
 def main():
     settings = configure(Settings, "Compares the placements' speed and memory.")
     parts = settings.only.split(",")
@@ -146,6 +163,12 @@ def main():
             pair = [build(prefix + norm, settings) for prefix in ("gpas_", "")]
             shares = [saved_bytes(pair[0], idx, a) / saved_bytes(pair[1], idx, a) for a in (False, True)]
             print(f"  {norm:10} {shares[0]:.4f}  {shares[1]:.4f}", flush=True)
+    if "moe" in parts:
+        print("forward and backward of experts over a dense MLP of equal active width, 2048 tokens, n_embd 768, width 1536")
+        for dtype in ("float32", "bfloat16"):
+            for n_expert, top_k in ((8, 4), (16, 4), (32, 1), (32, 2), (32, 4), (32, 8), (64, 4)):
+                steps = layer_step(n_expert, top_k, dtype), layer_step(0, top_k, dtype)
+                print(f"  {dtype:10} {n_expert} experts, top {top_k}: {ratios(*steps, max(2, c.pairs // 3))}", flush=True)
     if "peak" in parts:
         print("forward, backward and optimizer at 12 layers, 16 sequences, causal attention counted as (T + 1) / 2 keys")
         for dtype in ("float32", "bfloat16"):
