@@ -205,7 +205,7 @@ def test_a_collapsed_router_spreads_with_the_balancing_loss_only(weight, spreads
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step(), optimizer.zero_grad()
         shares.append(max((block.mlp.load.max() / block.mlp.load.sum()).item() for block in model.blocks))
-    assert shares[0] > 0.9 and (sum(shares[-10:]) / 10 < 0.5) == spreads
+    assert shares[0] > 0.65 and (sum(shares[-10:]) / 10 < 0.5) == spreads
 
 
 # -- with everything else -----------------------------------------------------------------------------------------------
