@@ -367,10 +367,11 @@ class GPTConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be positive")
-        places = {p for l in range(1, self.n_layer + 1) for m in (False, True) for p in scheme.places(self, l, m)}
+        places = [scheme.places(self, l, m) for l in range(1, self.n_layer + 1) for m in (False, True)]
+        has_b, all_have_a = any("B" in p for p in places), all("A" in p for p in places)
         without_effect = {
             "s_position": (self.s_position != "norm" and not scheme.s, "a scheme with s, such as lns"),
-            "freeze_out_gain": (self.freeze_out_gain and not ("B" in places and self.norm_affine), "gains of norms at B"),
+            "freeze_out_gain": (self.freeze_out_gain and not (has_b and self.norm_affine), "gains of norms at B"),
             "v_norm": (self.v_norm and self.qk_norm == "none", "qk_norm=head or full"),
             "init_variance": (self.init_variance and self.init in ("deepnorm", "olmo", "xavier"), "another init"),
             "norm_affine": (not self.norm_affine and self.s_position == "gain", "gains: s_position=gain sets them"),
@@ -380,8 +381,8 @@ class GPTConfig:
             without_effect[name] = not gated and getattr(self, name) != default, "a gpas_ scheme"
         for name, default in {"n_expert_shared": 0, "average_shared": False, "moe_from": 1, "moe_every": 1}.items():
             without_effect[name] = not self.n_expert and getattr(self, name) != default, "n_expert above 0"
-        if gated and self.gpas_position == "norm" and "A" not in places:
-            without_effect["gpas_position"] = True, "a norm at A"
+        if gated and self.gpas_position == "norm":
+            without_effect["gpas_position"] = not all_have_a, "a norm at A in every layer"
         for name, (is_wrong, needed) in without_effect.items():
             if is_wrong:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect with norm {self.norm}: it needs {needed}")
