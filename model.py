@@ -282,6 +282,7 @@ class GPTConfig:
     n_head: int = 4  # query heads
     n_embd: int = 128  # width of the residual stream
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
+    head_dim: int | None = None  # width of a head, even; none: n_embd / n_head
     n_hidden: int | None = None  # MLP width, of each expert too; none: 8/3 n_embd, rounded up to a multiple of 8
     rope_theta: float = 10000.0  # base of the rotary embedding
     # mixture of experts
@@ -332,8 +333,8 @@ class GPTConfig:
             self.n_hidden = 8 * math.ceil(self.n_embd / 3)
         if self.gate_init is None:
             self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "norm_groups"):
-            if getattr(self, name) < 1:
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "norm_groups", "head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_expert < 0 or self.n_expert_shared < 0:
             raise ValueError(f"n_expert {self.n_expert} and n_expert_shared {self.n_expert_shared} must be at least 0")
@@ -343,10 +344,12 @@ class GPTConfig:
             raise ValueError(f"moe_from {self.moe_from} must be a layer and moe_every {self.moe_every} at least 1")
         if not (self.balance_weight >= 0 and self.z_weight >= 0):
             raise ValueError(f"balance_weight {self.balance_weight} and z_weight {self.z_weight} must be at least 0")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; or give a head_dim")
+            self.head_dim = self.n_embd // self.n_head
         if self.head_dim % 2:
-            raise ValueError(f"head width n_embd / n_head = {self.head_dim} is odd; the rotation needs pairs")
+            raise ValueError(f"head_dim (n_embd / n_head unless given) is {self.head_dim}, odd; the rotation needs pairs")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         for name, known in {
@@ -386,14 +389,10 @@ class GPTConfig:
             if is_wrong:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect with norm {self.norm}: it needs {needed}")
         if self.norm_type == "groupnorm":
-            widths = {"none": (), "head": (self.head_dim,), "full": (self.n_embd, self.n_kv_head * self.head_dim)}
+            widths = {"none": (), "head": (self.head_dim,), "full": (self.n_head * self.head_dim, self.n_kv_head * self.head_dim)}
             for width in (self.n_embd, *widths[self.qk_norm]):
                 if width % self.norm_groups:
                     raise ValueError(f"norm_groups {self.norm_groups} does not divide the width {width} of a norm")
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
 
 
 class Norm(nn.Module):
