@@ -10,7 +10,7 @@ A before f, B after f and C after the add (Peri-LN Figure 2):
 To find a placement read SCHEMES; to see what it does read Residual; to add one write a row. What is not a matter of
 place is a flag of GPTConfig that combines with every row: the kind of norm (NORM_TYPES), a learned scale b of the
 branch (BRANCH_SCALES), the initialization (INITS), the gate's activation (GPAS_ACTS) and place. The rest is a plain
-decoder: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, no biases, untied head, a final norm in every
+decoder: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, no biases and an untied head unless asked for, a final norm in every
 scheme. Docstrings cite the papers by these names:
 
     GPAS     Gradient-Preserving Activation Scaling, arXiv 2506.22049
@@ -284,6 +284,7 @@ class GPTConfig:
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
     head_dim: int | None = None  # width of a head, even; none: n_embd / n_head
     n_hidden: int | None = None  # MLP width, of each expert too; none: 8/3 n_embd, rounded up to a multiple of 8
+    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
     rope_theta: float = 10000.0  # base of the rotary embedding
     # mixture of experts
     n_expert: int = 0  # experts in place of the MLP; 0: a dense MLP
@@ -484,9 +485,9 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.rope_theta, self.qk_norm = config.rope_theta, config.qk_norm
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.q_proj = nn.Linear(config.n_embd, q_width, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=False)
         widths = {"none": None, "head": (self.head_dim, self.head_dim), "full": (q_width, kv_width)}[config.qk_norm]
         self.q_norm = Norm(config, widths[0]) if widths else nn.Identity()
