@@ -284,6 +284,7 @@ class GPTConfig:
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
     head_dim: int | None = None  # width of a head, even; none: n_embd / n_head
     n_hidden: int | None = None  # MLP width, of each expert too; none: 8/3 n_embd, rounded up to a multiple of 8
+    tie_embeddings: bool = False  # the head is the embedding table, and starts with its embed_std
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
     rope_theta: float = 10000.0  # base of the rotary embedding
     # mixture of experts
@@ -720,6 +721,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layer + 1))
         self.norm = Norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
         self.init_weights(int(torch.randint(2**62, (), device="cpu")))
         for message in doubts(config):
             warnings.warn(message)
@@ -856,7 +859,7 @@ class GPT(nn.Module):
     def count_params(self):
         """Parameters: `total`, `active` (those that one token meets) and `non_embedding` (without table and head)."""
         total = sum(p.numel() for p in self.parameters())
-        vocab = self.embed_tokens.weight.numel() + self.lm_head.weight.numel()
+        vocab = sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})  # one if they are tied
         return {"total": total, "active": total - self.count_idle(), "non_embedding": total - vocab}
 
     def count_idle(self):
@@ -867,11 +870,12 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Floating-point operations of one token's forward and backward pass in sequences of T tokens (block_size).
 
-        6 for each active matrix entry but the embedding table's (a look-up), and causal attention as it is needed:
+        6 for each active matrix entry but the embedding table's (a look-up, unless it is the head too), and causal attention as it is needed:
         a query meets (T + 1) / 2 keys on average, with 2 products of head_dim, 2 operations each, 3 passes.
         """
         config, T = self.config, T or self.config.block_size
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2) - self.embed_tokens.weight.numel()
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+        matrices -= 0 if config.tie_embeddings else self.embed_tokens.weight.numel()
         attention = 12 * config.n_layer * config.n_head * config.head_dim * (T + 1) / 2
         return 6 * (matrices - self.count_idle()) + attention
 
