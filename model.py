@@ -3,14 +3,14 @@
 Every scheme is one residual function around a sub-layer f (attention or MLP), with a norm or nothing at three places,
 A before f, B after f and C after the add (Peri-LN Figure 2):
 
-    h = B(b * f(s * A(x)))
+    h = b * B(f(s * A(x)))
     C present:   x <- C(alpha * gpas(x) + h)      the gate scales the shortcut
     C absent:    x <- gpas(x + h)                 the gate scales the stream
 
 To find a placement read SCHEMES; to see what it does read Residual; to add one write a row. What is not a matter of
 place is a flag of GPTConfig that combines with every row: the kind of norm (NORM_TYPES), a learned scale b of the
 branch (BRANCH_SCALES), the initialization (INITS), the gate's activation (GPAS_ACTS) and place. The rest is a plain
-decoder: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, no biases, untied head, a final norm in every
+decoder: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, no biases and an untied head unless asked for, a final norm in every
 scheme. Docstrings cite the papers by these names:
 
     GPAS     Gradient-Preserving Activation Scaling, arXiv 2506.22049
@@ -87,7 +87,7 @@ SCHEMES = {
     "out": Scheme("B"),  # x <- x + N(f(x)), OLMo 2's reordered norm
     "pre_post": Scheme("AC"),  # x <- N(x + f(N(x))), "A + C" in Peri-LN Table 5
     "deepnorm": Scheme("C", alpha=lambda L: (2 * L) ** 0.25, init="deepnorm"),  # x <- N(alpha x + f(x))
-    "mix": Scheme("A", first_norms="C", n_first=lambda c: math.floor(c.mix_ratio * c.n_layer)),  # Mix-LN
+    "mix": Scheme("A", first_norms="C", n_first=lambda c: math.floor(c.mix_ratio * c.n_layer + 1e-9)),  # Mix-LN
     "lns": Scheme("A", s=lambda l: l**-0.5),  # x <- x + f(N(x) / sqrt(l)), LNS Eq. 12
     # others that the papers compare with
     "admin": Scheme("C", omega=True),  # x <- N(omega x + f(x)), Liu et al. 2020
@@ -126,7 +126,7 @@ GPAS_ACTS = {
 }
 
 # Where it scales (GPAS Table 4), x the stream, h the branch: after the sub-layer (on the shortcut where there is a C),
-# before it, after the norm A, after the module f.
+# before it, after the norm A, after the branch h.
 GPAS_POSITIONS = "sublayer", "before", "norm", "module"
 
 # A learned factor b on the branch: its shape and initial value.
@@ -168,9 +168,10 @@ INITS = {
 class Residual(nn.Module):
     """x -> the scheme's residual around a sub-layer f; (B, T, n_embd) in and out.
 
-        h = B(b * f(s * A(x)))
+        h = b * B(f(s * A(x)))
         x <- C(alpha * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
 
+    b, a learned scale of the branch, and omega, one of the shortcut beside alpha (Admin), are 1 unless asked for.
     The constants s and alpha, and the places, belong to layer l = 1..L and stay with the module when its block is moved.
     """
 
@@ -191,18 +192,22 @@ class Residual(nn.Module):
         self.gpas_position, self.stop_gradient = config.gpas_position, config.gpas_stop_gradient
 
     def forward(self, x, f, scale=None, bottom=None):
-        """`scale` is the layer's gate_scale (None without gates), `bottom` what b2t adds before C (None without)."""
-
+        """x (B, T, n_embd); `scale` is the gate_scale for this sub-layer, shape (1,), None without gates; `bottom`, of
+        x's shape, is what b2t adds before C, None without."""
         x = self.gpas_at("before", x, scale)
-        h = self.s_at("norm", self.pre_norm(x))
-        h = f(self.gpas_at("norm", h, scale))
-        h = self.s_at("branch", self.out_norm(times(self.branch_scale, h)))
-        h = self.gpas_at("module", h, scale)
+        h = self.branch(x, f, scale)
         if self.post_norm is not None:
             shortcut = times(self.omega, self.gpas_at("sublayer", x, scale, keep="input"))
             h = h if bottom is None else h + bottom
-            return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))
+            return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))  # h + alpha * shortcut
         return self.gpas_at("sublayer", self.s_at("residual", x + h), scale)
+
+    def branch(self, x, f, scale=None):
+        """h, what is added to the shortcut."""
+        h = self.s_at("norm", self.pre_norm(x))
+        h = self.out_norm(f(self.gpas_at("norm", h, scale)))
+        h = self.s_at("branch", times(self.branch_scale, h))
+        return self.gpas_at("module", h, scale)
 
     def s_at(self, place, x):
         """s * x if this is the place of s, "norm" but in the ablations of LNS Table 8."""
@@ -251,20 +256,21 @@ class KeepGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(x, scale, from_output):
-        return x * scale.to(x.dtype)
+        return x * scale
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, scale, ctx.from_output = inputs
+        ctx.dtype = x.dtype
         ctx.save_for_backward(output if ctx.from_output else x, scale)
 
     @staticmethod
     def backward(ctx, g):
         if not ctx.needs_input_grad[1]:
-            return g, None, None
+            return g.to(ctx.dtype), None, None
         kept, scale = ctx.saved_tensors
         total = (g * kept.detach()).sum().to(scale.dtype).expand_as(scale)
-        return g, total / scale.detach() if ctx.from_output else total, None
+        return g.to(ctx.dtype), total / scale.detach() if ctx.from_output else total, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,8 +288,12 @@ class GPTConfig:
     n_head: int = 4  # query heads
     n_embd: int = 128  # width of the residual stream
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
+    head_dim: int | None = None  # width of a head, even; none: n_embd / n_head
     n_hidden: int | None = None  # MLP width, of each expert too; none: 8/3 n_embd, rounded up to a multiple of 8
+    tie_embeddings: bool = False  # the head is the embedding table, and starts with its embed_std
+    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
     rope_theta: float = 10000.0  # base of the rotary embedding
+    rope_scaling: dict | None = None  # longer contexts, {"rope_type": a row of ROPE_SCALINGS in model.py, its numbers}
     # mixture of experts
     n_expert: int = 0  # experts in place of the MLP; 0: a dense MLP
     n_expert_active: int = 2  # top-k: experts that a token reaches
@@ -332,8 +342,8 @@ class GPTConfig:
             self.n_hidden = 8 * math.ceil(self.n_embd / 3)
         if self.gate_init is None:
             self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "norm_groups"):
-            if getattr(self, name) < 1:
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "norm_groups", "head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_expert < 0 or self.n_expert_shared < 0:
             raise ValueError(f"n_expert {self.n_expert} and n_expert_shared {self.n_expert_shared} must be at least 0")
@@ -343,10 +353,12 @@ class GPTConfig:
             raise ValueError(f"moe_from {self.moe_from} must be a layer and moe_every {self.moe_every} at least 1")
         if not (self.balance_weight >= 0 and self.z_weight >= 0):
             raise ValueError(f"balance_weight {self.balance_weight} and z_weight {self.z_weight} must be at least 0")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; or give a head_dim")
+            self.head_dim = self.n_embd // self.n_head
         if self.head_dim % 2:
-            raise ValueError(f"head width n_embd / n_head = {self.head_dim} is odd; the rotation needs pairs")
+            raise ValueError(f"head_dim (n_embd / n_head unless given) is {self.head_dim}, odd; the rotation needs pairs")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         for name, known in {
@@ -367,6 +379,13 @@ class GPTConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type")
+            if kind not in ROPE_SCALINGS:
+                raise ValueError(f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}")
+            names, given = ROPE_SCALINGS[kind][0], {n: v for n, v in self.rope_scaling.items() if n != "rope_type"}
+            if set(given) != set(names) or not all(type(v) in (int, float) and 0 < v < math.inf for v in given.values()):
+                raise ValueError(f"rope_scaling of type {kind} needs positive numbers {', '.join(names)}; got {given}")
         places = [scheme.places(self, l, m) for l in range(1, self.n_layer + 1) for m in (False, True)]
         has_b, all_have_a = any("B" in p for p in places), all("A" in p for p in places)
         without_effect = {
@@ -379,28 +398,25 @@ class GPTConfig:
         defaults = {"gpas_act": "silu", "gpas_position": "sublayer", "gpas_stop_gradient": True, "gate_per": "layer"}
         for name, default in {**defaults, "gate_init": 0.0}.items():
             without_effect[name] = not gated and getattr(self, name) != default, "a gpas_ scheme"
-        for name, default in {"n_expert_shared": 0, "average_shared": False, "moe_from": 1, "moe_every": 1}.items():
+        for name, default in {"n_expert_shared": 0, "moe_from": 1, "moe_every": 1}.items():
             without_effect[name] = not self.n_expert and getattr(self, name) != default, "n_expert above 0"
+        without_effect["average_shared"] = self.average_shared and not self.n_expert_shared, "n_expert_shared above 0"
         if gated and self.gpas_position == "norm":
             without_effect["gpas_position"] = not all_have_a, "a norm at A in every layer"
         for name, (is_wrong, needed) in without_effect.items():
             if is_wrong:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect with norm {self.norm}: it needs {needed}")
         if self.norm_type == "groupnorm":
-            widths = {"none": (), "head": (self.head_dim,), "full": (self.n_embd, self.n_kv_head * self.head_dim)}
+            widths = {"none": (), "head": (self.head_dim,), "full": (self.n_head * self.head_dim, self.n_kv_head * self.head_dim)}
             for width in (self.n_embd, *widths[self.qk_norm]):
                 if width % self.norm_groups:
                     raise ValueError(f"norm_groups {self.norm_groups} does not divide the width {width} of a norm")
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
 
 
 class Norm(nn.Module):
     """A row of NORM_TYPES over the last dimension, with an eps and parameters of its own.
 
-    Statistics in at least float32: bfloat16 input is computed in the parameters' dtype, float32 under autocast.
+    Statistics in at least float32. The result has the gain's dtype, float32 under autocast, if that is the wider one.
     """
 
     def __init__(self, config, dim):
@@ -413,7 +429,8 @@ class Norm(nn.Module):
 
     def forward(self, x):
         dtype = torch.float32 if self.weight is None else self.weight.dtype
-        return NORM_TYPES[self.norm_type](self, x.to(torch.promote_types(x.dtype, dtype)))
+        y = NORM_TYPES[self.norm_type](self, x.to(torch.promote_types(x.dtype, dtype)))
+        return y.to(x.dtype) if self.weight is None else y
 
 
 def group_norm(norm, x):
@@ -443,14 +460,36 @@ def to_matmul_dtype(x):
     return x
 
 
-def rotary_table(start, T, head_dim, theta, like):
+def llama3_scaling(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Llama 3.1's: frequencies that turn fewer than low_freq_factor times within the original context are divided by
+    the factor, those that turn more than high_freq_factor times stay, and those between are mixed."""
+    turns = original_max_position_embeddings * frequency / (2 * math.pi)
+    share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequency * (share + (1 - share) / factor)
+
+
+# What becomes of the rotary frequencies (head_dim / 2,): the names of the numbers of a rope_scaling, and the function.
+ROPE_SCALINGS = {
+    "linear": (("factor",), lambda frequency, factor: frequency / factor),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        llama3_scaling,
+    ),
+}
+
+
+def rotary_table(start, T, head_dim, theta, like, scaling=None):
     """Cosine and sine of the angles m * theta^(-2i / head_dim) of positions m = start ... start + T - 1, each
-    (T, head_dim / 2), in at least float32, on the device of `like`. Computed at each use: as cheap as it is to keep, and
+    (T, head_dim / 2), in at least float32, on the device of `like`; `scaling` is GPTConfig's. Computed at each use: as cheap as it is to keep, and
     a model on the meta device or in float64 needs no care."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim
     position = torch.arange(start, start + T, device=like.device, dtype=dtype)
-    angle = torch.outer(position, theta**-exponent)
+    frequency = theta**-exponent
+    if scaling:
+        numbers = {name: value for name, value in scaling.items() if name != "rope_type"}
+        frequency = ROPE_SCALINGS[scaling["rope_type"]][1](frequency, **numbers)
+    angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
 
 
@@ -484,11 +523,11 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.rope_theta, self.qk_norm = config.rope_theta, config.qk_norm
+        self.rope_theta, self.rope_scaling, self.qk_norm = config.rope_theta, config.rope_scaling, config.qk_norm
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.q_proj = nn.Linear(config.n_embd, q_width, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=False)
         widths = {"none": None, "head": (self.head_dim, self.head_dim), "full": (q_width, kv_width)}[config.qk_norm]
         self.q_norm = Norm(config, widths[0]) if widths else nn.Identity()
@@ -510,7 +549,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
 
         start = cache.length if cache else 0
-        cos, sin = rotary_table(start, T, self.head_dim, self.rope_theta, like=x)
+        cos, sin = rotary_table(start, T, self.head_dim, self.rope_theta, x, self.rope_scaling)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache:
             k, v = cache.append(k, v)
@@ -632,14 +671,8 @@ def grouped_outer(g: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, like: to
     return out
 
 
-@grouped_product.register_fake
-def _(x, w, ends):
-    return x.new_empty(x.shape[0], w.shape[1])
-
-
-@grouped_outer.register_fake
-def _(g, x, ends, like):
-    return torch.empty_like(like)
+grouped_product.register_fake(lambda x, w, ends: x.new_empty(x.shape[0], w.shape[1]))
+grouped_outer.register_fake(lambda g, x, ends, like: torch.empty_like(like))
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -708,7 +741,7 @@ class GPT(nn.Module):
     """The decoder: embedding, blocks, final norm, head.
 
     The weights are drawn from torch's global seed, each parameter from a generator of its own that is seeded by its
-    name: two schemes started from one seed have the same matrices, whatever else they contain.
+    name: models started from one seed have the same draws for the matrices that they share.
     """
 
     def __init__(self, config):
@@ -721,6 +754,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layer + 1))
         self.norm = Norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
         self.init_weights(int(torch.randint(2**62, (), device="cpu")))
         for message in doubts(config):
             warnings.warn(message)
@@ -743,10 +778,10 @@ class GPT(nn.Module):
             else:
                 std = INITS[c.init](c, matrix, int(name.split(".")[1]) + 1, p.shape)
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+            p.copy_(torch.empty(p.shape, device="cpu").normal_(0, std, generator=generator))
         if find_scheme(c.norm)[0].omega and not self.lm_head.weight.is_meta:
             generator = torch.Generator().manual_seed(seed)
-            idx = torch.randint(c.vocab_size, (4, min(c.block_size, 256)), generator=generator)
+            idx = torch.randint(c.vocab_size, (4, min(c.block_size, 256)), generator=generator, device="cpu")
             self.profile_omega(idx.to(self.lm_head.weight.device))
 
     def initial_value(self, name):
@@ -772,8 +807,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             for residual, f in ((block.attn_residual, block.attn), (block.mlp_residual, block.mlp)):
                 residual.omega.fill_(omega)
-                branch = times(residual.branch_scale, f(x))
-                omega = math.sqrt((omega * x).var(correction=0) + branch.var(correction=0))
+                omega = math.sqrt((omega * x).var(correction=0) + residual.branch(x, f).var(correction=0))
                 x = residual(x, f)
 
     def forward(self, idx, targets=None, caches=None):
@@ -823,8 +857,8 @@ class GPT(nn.Module):
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                below_best = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows
-                new = torch.multinomial(F.softmax(below_best / temperature, dim=-1), 1)
+                below_best = logits - logits.amax(-1, keepdim=True)  # at most 0, so that small temperatures do not overflow
+                new = torch.multinomial(F.softmax(below_best / max(temperature, 1e-30), dim=-1), 1)
             idx = torch.cat((idx, new), dim=1)
         return idx
 
@@ -857,22 +891,23 @@ class GPT(nn.Module):
     def count_params(self):
         """Parameters: `total`, `active` (those that one token meets) and `non_embedding` (without table and head)."""
         total = sum(p.numel() for p in self.parameters())
-        vocab = self.embed_tokens.weight.numel() + self.lm_head.weight.numel()
+        vocab = sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})  # one if they are tied
         return {"total": total, "active": total - self.count_idle(), "non_embedding": total - vocab}
 
     def count_idle(self):
         """Parameters of the experts that a token does not reach."""
-        share = 1 - self.config.n_expert_active / max(1, self.config.n_expert)
-        return round(sum(share * p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters()))
+        E, k = self.config.n_expert, self.config.n_expert_active
+        return sum(p.numel() // E * (E - k) for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
 
     def flops_per_token(self, T=None):
         """Floating-point operations of one token's forward and backward pass in sequences of T tokens (block_size).
 
-        6 for each active matrix entry but the embedding table's (a look-up), and causal attention as it is needed:
+        6 for each active matrix entry but the embedding table's (a look-up, unless it is the head too), and causal attention as it is needed:
         a query meets (T + 1) / 2 keys on average, with 2 products of head_dim, 2 operations each, 3 passes.
         """
         config, T = self.config, T or self.config.block_size
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2) - self.embed_tokens.weight.numel()
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+        matrices -= 0 if config.tie_embeddings else self.embed_tokens.weight.numel()
         attention = 12 * config.n_layer * config.n_head * config.head_dim * (T + 1) / 2
         return 6 * (matrices - self.count_idle()) + attention
 

@@ -101,14 +101,14 @@ def forward(P, c, idx, gpas=None, norm=None):
         for part in ("attn", "mlp"):
             sub = {k.removeprefix(part + "."): p for k, p in B.items()}
             b = B.get(f"{part}_residual.branch_scale", 1)
-            f = (lambda x: b * attention(x, sub, c)) if part == "attn" else (lambda x: b * mlp(x, sub))
+            f = (lambda x: attention(x, sub, c)) if part == "attn" else (lambda x: mlp(x, sub))
             A, Bn, C = ((lambda x, k=k: norm(x, B, f"{part}_residual.{k}_norm", c)) for k in ("pre", "out", "post"))
             gate = B["gate"][(0 if part == "attn" else -1,)] if gated else None
             g = {p: (lambda x: gpas(x, gate)) if gated and p == c.gpas_position else (lambda x: x) for p in ("sublayer", "before", "norm", "module")}
             s = 1 / math.sqrt(l)
             s = {p: s if name == "lns" and c.s_position == p else 1 for p in ("norm", "branch", "residual")}
             end, x = g["sublayer"], g["before"](x)
-            a, m = (lambda x: g["norm"](A(x))), g["module"]
+            a, m = (lambda x: g["norm"](A(x))), (lambda h: g["module"](b * h))
             if name == "post" or (name == "mix" and l <= math.floor(L * c.mix_ratio)):
                 x = C(end(x) + m(f(x)))
             elif name == "deepnorm":

@@ -292,6 +292,7 @@ VARIANTS = [
     dict(norm="gpas_admin", branch_scale="skipinit", norm_type="layernorm", qk_norm="head"),
     dict(norm="gpas_mix", norm_type="groupnorm", branch_scale="layerscale", embed_norm=True),
     dict(norm="gpas_lns", norm_type="dyt", branch_scale="skipinit"),
+    dict(norm="gpas_sandwich", branch_scale="layerscale"),
     dict(norm="dyt", norm_affine=False),
 ]
 
@@ -585,6 +586,21 @@ def test_bfloat16_autocast(norm):
         assert grad.dtype == torch.float32
         if grad.dim() == 2:
             assert distance(grad, grads32[name]) < 0.15, name
+
+
+def test_a_bfloat16_model_without_gains():
+    model = GPT(small("gpas_peri", norm_affine=False, qk_norm="head")).bfloat16()
+    assert model(torch.zeros(1, 4, dtype=torch.int64))[0].dtype == torch.bfloat16
+
+
+def test_small_gates_scale_a_bfloat16_branch():
+    """Under autocast the branch is bfloat16; the gate's scale is not rounded to it."""
+    model = GPT(small("gpas_pre", gpas_position="module", init_std=0.3))
+    idx = torch.arange(8)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(idx)[0]
+        model.set_gates([0.003] * 4)
+        assert not torch.equal(model(idx)[0], before)
 
 
 def test_norm_statistics_of_bfloat16_input_are_float32():
