@@ -746,6 +746,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # Drawn first: torch's own initialization of the modules below draws too, but not on the meta device.
+        seed = int(torch.randint(2**62, (), device="cpu"))
         if config.vocab_size < 1:
             raise ValueError(f"vocab_size is {config.vocab_size}; it must be at least 1")
         self.config = config
@@ -756,7 +758,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.init_weights(int(torch.randint(2**62, (), device="cpu")))
+        self.init_weights(seed)
         for message in doubts(config):
             warnings.warn(message)
 
