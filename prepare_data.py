@@ -61,11 +61,11 @@ except ImportError:  # Windows, where nothing keeps two runs from the same data 
 class Settings:
     # what
     dataset: str | None = None  # name of the data set or of a hub corpus; none: the first input's, or stdlib
-    input: list[str] = field(default_factory=list)  # files, folders, globs, https://..., hub:OWNER/NAME[:CONFIG[:SPLIT]], or - for standard input
-    stdin_format: str = "text"  # of standard input: text or jsonl
+    input: list[str] = field(default_factory=list)  # files, folders, globs, https:, hub:OWNER/NAME[:CONFIG[:SPLIT]], -
+    stdin_format: str = "text"  # of standard input, --input=-: text or jsonl
     text_field: str = "text"  # jsonl, parquet and hub: the field that holds the text
     prompt_field: str = ""  # the field of a prompt before the text; the prompt's tokens carry no loss
-    tokenizer: str = "byte"  # byte, one of tiktoken's (gpt2 ...), bpe:N (trained here), PATH.tiktoken, PATH/tokenizer.json, or a data set's folder
+    tokenizer: str = "byte"  # byte, tiktoken's gpt2 ..., bpe:N (trained here), PATH.tiktoken, PATH.json, or a data set
     eot_token: str = ""  # tokenizer.json: its token between documents; none: the usual ones are tried
     bpe_sample: int = 64_000_000  # bytes of text on which bpe:N is trained
     max_tokens: int = 0  # stop at the first batch of documents that reaches so many; 0: all
@@ -104,7 +104,7 @@ class Settings:
         if self.tokenizer.startswith("bpe:") and not re.fullmatch(r"bpe:\d{1,7}", self.tokenizer):
             raise ValueError(f"tokenizer is {self.tokenizer!r}; bpe:N takes the size of a vocabulary, as in bpe:4096")
         if self.tokenizer.startswith("bpe:") and int(self.tokenizer[4:]) < 257:
-            raise ValueError(f"tokenizer is {self.tokenizer!r}; the 256 bytes and the end of text make at least bpe:257")
+            raise ValueError(f"tokenizer is {self.tokenizer!r}; the bytes and the end of text make bpe:257")
 
 
 def optional(module, package=None):
@@ -121,7 +121,7 @@ def optional(module, package=None):
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
-TOKENIZER_FILES = {"ranks": "tokenizer.tiktoken", "json": "tokenizer.json"}  # where a data set keeps long parts of a state
+TOKENIZER_FILES = {"ranks": "tokenizer.tiktoken", "json": "tokenizer.json"}  # of a state's long parts
 
 
 def byte_encoding():
@@ -160,11 +160,12 @@ class JsonTokenizer:
     def decode(self, ids):
         """Text; a run of ids that the tokenizer does not know shows as U+FFFD."""
         runs = itertools.groupby(map(int, ids), key=lambda i: self.tokenizer.id_to_token(i) is not None)
-        return "".join(self.tokenizer.decode(list(run), skip_special_tokens=False) if known else "\ufffd" for known, run in runs)
+        text = lambda run: self.tokenizer.decode(list(run), skip_special_tokens=False)
+        return "".join(text(run) if known else "\ufffd" for known, run in runs)
 
 
 def get_tokenizer(name, eot_token=""):
-    """The tokenizer `name`: byte, a name that tiktoken knows, PATH.tiktoken, PATH.json or a data set. UserError otherwise.
+    """The tokenizer `name`: byte, one that tiktoken knows, PATH.tiktoken, PATH.json or a data set; or UserError.
 
     A .tiktoken file (base64 token and rank a line) holds no pattern: text is cut into words as GPT-2 does.
     """
@@ -186,11 +187,12 @@ def get_tokenizer(name, eot_token=""):
         except OSError as error:
             raise UserError(f"tokenizer {name}: {error.strerror}") from None
         except (ValueError, OverflowError) as error:
-            kind = "a tokenizer.json" if name.endswith(".json") else "a .tiktoken file (base64 token, space, rank a line)"
+            lines = "a .tiktoken file (base64 token, space, rank a line)"
+            kind = "a tokenizer.json" if name.endswith(".json") else lines
             raise UserError(f"tokenizer {name} is not {kind}: {error}") from None
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"unknown tokenizer {name!r}; known: byte, {known}, bpe:N, a PATH.tiktoken or PATH/tokenizer.json")
+        raise UserError(f"unknown tokenizer {name!r}; known: byte, {known}, bpe:N, PATH.tiktoken or PATH.json")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever the network raises: tiktoken passes on requests' and urllib3's errors
@@ -201,7 +203,7 @@ def get_tokenizer(name, eot_token=""):
 
 
 def train_bpe(n_vocab, inputs, settings):
-    """Byte-level BPE of n_vocab tokens (with the end of text), trained on a sample of the inputs, as a tiktoken.Encoding.
+    """Byte-level BPE of n_vocab tokens with the end of text, trained on a sample of the inputs: a tiktoken.Encoding.
 
     The sample takes the beginning of each input, in a random order and in equal parts but for small ones, and leaves
     out the documents that are held out.
@@ -228,7 +230,8 @@ def train_bpe(n_vocab, inputs, settings):
     trainer.train_from_iterator(sample(), n_vocab - 1)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     special = {END_OF_TEXT: len(ranks)}  # a small text may have fewer merges than asked for
-    return tiktoken.Encoding(f"bpe:{n_vocab}", pat_str=trainer.get_pattern(), mergeable_ranks=ranks, special_tokens=special)
+    pattern = trainer.get_pattern()
+    return tiktoken.Encoding(f"bpe:{n_vocab}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def tokenizer_state(encoding):
@@ -266,8 +269,8 @@ def build_encoding(state):
 def encode(encoding, text):
     """Token ids of `text` (str, or any bytes), an integer array; the text of special tokens is ordinary text.
 
-    Bytes that are not UTF-8 become tokens of their own, so that decode_bytes gives back the same bytes; a tokenizer.json
-    takes text only and sees U+FFFD in their place.
+    Bytes that are not UTF-8 become tokens of their own, so that decode_bytes gives back the same bytes; a
+    tokenizer.json takes text only and sees U+FFFD in their place.
     """
     data = text.encode() if isinstance(text, str) else text
     if encoding.name == "byte":
@@ -301,7 +304,7 @@ def decode_bytes(encoding, ids):
 
 
 def decode(encoding, ids):
-    """Text of token ids; ids that the tokenizer does not know (a padded vocabulary) and partial characters show as U+FFFD."""
+    """Text of token ids; unknown ids (of a padded vocabulary) and partial characters show as U+FFFD."""
     return decode_bytes(encoding, ids).decode(errors="replace")
 
 
@@ -342,7 +345,7 @@ def kind_of(path):
 
 
 def find_files(inputs, stdin_format="text"):
-    """The Inputs behind `inputs` (files, folders, globs ...), each once, sorted per input. UserError for one without any."""
+    """The Inputs behind `inputs` (files, folders, globs ...), each once, sorted per input; or UserError."""
     found = {}  # by where a path leads, so that two names of a file are one
     known = f"{', '.join(SUFFIXES)}, compressed as {', '.join(COMPRESSIONS)}"
 
@@ -359,7 +362,7 @@ def find_files(inputs, stdin_format="text"):
         elif given.startswith(("https://", "http://")):
             kind = kind_of(given.split("?")[0])
             if kind in (None, "parquet"):
-                raise UserError(f"input {given}: only text and jsonl can be streamed from an address; download it first")
+                raise UserError(f"input {given}: only text and jsonl stream from an address; download it first")
             found[given] = Input(given, kind)
         else:
             paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
@@ -457,7 +460,7 @@ def open_stream(path, skip):
 
 
 def read_lines(source, offset):
-    """(bytes of about JOB, their end's place in the decompressed file, stored bytes read): whole lines from `offset` on.
+    """(whole lines of about JOB bytes, their end's place in the decompressed file, stored bytes read) from `offset` on.
 
     A line of text that is longer is cut between characters. Each piece depends on where it starts alone, so that a
     continued run reads the same ones.
@@ -489,7 +492,7 @@ def read_parquet(source, offset, fields):
             missing = [name for name in fields if name not in file.schema_arrow.names]
             if missing:
                 names = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{source.path} has no column {missing[0]!r}; it has {names}; name one with --text_field=")
+                raise UserError(f"{source.path} has no column {missing[0]!r}; it has {names}; --text_field= names one")
             row = 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
@@ -515,7 +518,8 @@ def read_hub(source, offset, fields):
         while batch := list(itertools.islice(rows, ROWS)):
             missing = [f for f in fields if f not in batch[0]]
             if missing:
-                raise UserError(f"{source.path} has no field {missing[0]!r}; it has {', '.join(batch[0])}; --text_field= names one")
+                names = ", ".join(batch[0])
+                raise UserError(f"{source.path} has no field {missing[0]!r}; it has {names}; --text_field= names one")
             offset += len(batch)
             yield [tuple(row[f] for f in fields) for row in batch], offset, 0
     except UserError:
@@ -595,7 +599,7 @@ def whole_characters(data):
 
 
 def cut(data):
-    """Pieces of the bytes of at most MAX_DOCUMENT, cut after a line's end where there is one, else between characters."""
+    """Pieces of at most MAX_DOCUMENT bytes, cut after a line's end where there is one, else between characters."""
     pieces, start = [], 0
     while len(data) - start > MAX_DOCUMENT:
         end = data.rfind(b"\n", start, start + MAX_DOCUMENT) + 1
@@ -641,7 +645,8 @@ def read_documents(job, fields, report):
             place = f"{path}:{i}"
             values = read_row(row, fields) if kind == "jsonl" else row
             if values is None or not all(isinstance(value, str) for value in values):
-                report(f"no {'JSON object with a ' if kind == 'jsonl' else ''}text {' and '.join(map(repr, fields))}", place)
+                what = "no JSON object with a text" if kind == "jsonl" else "no text"
+                report(f"{what} {' and '.join(map(repr, fields))}", place)
             elif not values[-1].strip():
                 report("empty", place)
             else:
@@ -675,7 +680,7 @@ def read_row(line, fields):
 
 
 def to_bytes(text):
-    """(UTF-8 of the text, whether it could say all of it): bytes that were none are back, lone surrogates are U+FFFD."""
+    """(UTF-8 of the text, whether it says all): escaped bytes are back, other lone surrogates are U+FFFD."""
     try:
         return text.encode(), True
     except UnicodeEncodeError:
@@ -751,13 +756,13 @@ def work():
     read, write = sys.stdin.buffer, sys.stdout.buffer
     state, fields = pickle.load(read)
     encoding = build_encoding(state)
-    while True:
-        try:
-            job = pickle.load(read)
-        except EOFError:  # the parent is done, or is no more
-            return
-        pickle.dump(vars(tokenize(encoding, fields, job)), write, protocol=5)  # a class would have another name here
-        write.flush()
+    try:
+        while True:
+            tokens = tokenize(encoding, fields, pickle.load(read))
+            pickle.dump(vars(tokens), write, protocol=5)  # its class would bear another module's name here
+            write.flush()
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent is done, or is no more
+        os._exit(0)  # without another write to its pipe
 
 
 def tokenize_all(jobs, encoding, fields, num_workers):
@@ -796,7 +801,8 @@ def tokenize_all(jobs, encoding, fields, num_workers):
         for future, rest in pending:
             yield future.result(), *rest
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-        raise UserError("a worker process ended unexpectedly (out of memory?); the same command goes on from where it was") from None
+        reason = "a worker process ended unexpectedly (out of memory?)"
+        raise UserError(f"{reason}; the same command goes on from where it was") from None
     finally:
         for process in processes:
             process.kill()
@@ -832,7 +838,7 @@ class ShardWriter:
     """Writes tokens to folder/split_000000.bin and on, shard_size tokens each; `close` completes the last.
 
     `shards` is what the manifest says of them: file, tokens, crc32 of the tokens' bytes, and mask_crc32 where a mask
-    goes beside them. `state` is what `ShardWriter(..., state=)` needs to go on after a `sync`, whatever was written since.
+    goes beside them. `state` after a `sync` is what `ShardWriter(..., state=)` needs to go on from there.
     """
 
     def __init__(self, folder, split, vocab_size, shard_size, state=None):
@@ -860,7 +866,9 @@ class ShardWriter:
         while len(tokens):
             if self.file is None:
                 name = f"{self.split}_{len(self.shards):06d}.bin"
-                self.shards.append({"file": name, "tokens": 0, "crc32": 0} | ({} if mask is None else {"mask_crc32": 0}))
+                self.shards.append({"file": name, "tokens": 0, "crc32": 0})
+                if mask is not None:
+                    self.shards[-1]["mask_crc32"] = 0
                 self.file = open(self.folder / name, "wb")
                 self.file.write(bytes(4 * HEADER))
                 self.mask_file = None if mask is None else open((self.folder / name).with_suffix(".mask"), "wb")
@@ -932,13 +940,14 @@ def open_mask(path, tokens):
     if not path.exists():
         return None
     if path.stat().st_size != len(tokens):
-        raise UserError(f"{path} has {path.stat().st_size} bytes for a shard of {len(tokens)} tokens: truncated or damaged")
+        size = path.stat().st_size
+        raise UserError(f"{path} has {size} bytes for a shard of {len(tokens)} tokens: truncated or damaged")
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 
 def shard_paths(folder, split):
     """The shards of a split in order: train_000000.bin, fineweb_train_000001.bin as llm.c names them, or train.bin."""
-    return sorted(p for p in Path(folder).glob("*.bin") if p.stem == split or re.search(rf"(^|_){split}_[^_]*$", p.stem))
+    return sorted(p for p in Path(folder).glob("*.bin") if re.search(rf"^{split}$|(^|_){split}_[^_]*$", p.stem))
 
 
 def checksum(array):
@@ -986,7 +995,7 @@ class TokenData:
         return int(self.ends[-1])
 
     def rows(self, first, n):
-        """Rows first ... first + n - 1: inputs and targets, int64 arrays (n, block_size); a target without loss is -100."""
+        """Rows first ... first + n - 1: inputs and targets, int64 (n, block_size); a target without loss is -100."""
         out = np.empty((n, self.block_size + 1), dtype=np.int64)
         masked = np.zeros((n, self.block_size), dtype=bool)
         for row, hidden, i in zip(out, masked, range(first, first + n)):
@@ -999,7 +1008,8 @@ class TokenData:
                 hidden[:] = self.masks[shard][start + 1 : start + self.block_size + 1] == 0
             if row.max() >= self.vocab_size:
                 raise UserError(
-                    f"shard {self.paths[shard]} holds token {row.max()}: it does not fit the vocabulary of {self.vocab_size}"
+                    f"shard {self.paths[shard]} holds token {row.max()}: "
+                    f"it does not fit the vocabulary of {self.vocab_size}"
                 )
         return out[:, :-1], np.where(masked, -100, out[:, 1:])
 
@@ -1083,7 +1093,8 @@ def shard_faults(folder, split, meta, paths, shards, masks, with_checksums):
                     faults.append(f"{name} does not have its checksum: its content was changed or damaged")
     total = sum(len(tokens) for tokens in shards)
     if not faults and meta["splits"][split]["tokens"] != total:
-        faults.append(f"{folder}/meta.json counts {meta['splits'][split]['tokens']} {split} tokens, its shards hold {total}")
+        counted = meta["splits"][split]["tokens"]
+        faults.append(f"{folder}/meta.json counts {counted} {split} tokens, its shards hold {total}")
     return faults
 
 
@@ -1110,11 +1121,14 @@ def verify(folder):
         raise UserError("; ".join(faults))
     print(f"{folder}: {n_shards} shards with {n_tokens:,} tokens are as meta.json says")
     if bare:
-        print(f"warning: {bare} of them have no checksum (they are of an earlier version): only sizes were compared", file=sys.stderr)
+        print(f"warning: {bare} of them have no checksum (of an earlier version): sizes were compared", file=sys.stderr)
 
 
 def adopt(settings):
-    """Writes meta.json beside shards of another program, so that they are a data set with a tokenizer; returns the folder."""
+    """Writes meta.json beside shards of another program, which makes them a data set; returns the folder.
+
+    Bytes of text are counted token by token, which is approximate for a tokenizer.json.
+    """
     folder = Path(settings.data_dir) / settings.dataset
     if (folder / "meta.json").exists():
         raise UserError(f"{folder} has a meta.json already")
@@ -1131,7 +1145,8 @@ def adopt(settings):
                 counts = np.bincount(tokens[start : start + JOB], minlength=encoding.n_vocab)
                 if len(counts) > encoding.n_vocab:
                     raise UserError(
-                        f"{path} holds token {len(counts) - 1}: tokenizer {encoding.name} of {encoding.n_vocab} did not make it"
+                        f"{path} holds token {len(counts) - 1}: "
+                        f"tokenizer {encoding.name} of {encoding.n_vocab} did not make it"
                     )
                 n_documents += int(counts[encoding.eot_token])
                 counts[encoding.eot_token] = 0
@@ -1140,7 +1155,8 @@ def adopt(settings):
         if not sum(shard["tokens"] for shard in shards):
             raise UserError(f"no {split} shards ({split}_*.bin or {split}.bin) in {folder}")
         splits[split] = {"documents": n_documents, "bytes": n_bytes, "shards": shards}
-    write_meta(folder, save_tokenizer(folder, tokenizer_state(encoding)), encoding, splits, {"source": ["shards made elsewhere"]})
+    saved = save_tokenizer(folder, tokenizer_state(encoding))
+    write_meta(folder, saved, encoding, splits, {"source": ["shards made elsewhere"]})
     return folder
 
 
@@ -1169,7 +1185,8 @@ def save_json(path, value):
 SPLITS = ("train", "val")
 BATCH_BYTES = 1 << 24  # of text that is shuffled at once
 SMALL = 1 << 22  # bytes of input under which worker processes are not worth their start
-NO_MATTER = ("dataset", "data_dir", "num_workers", "overwrite", "save_interval", "max_broken", "verify", "adopt")  # to the shards
+# settings that do not matter to the shards
+NO_MATTER = ("dataset", "data_dir", "num_workers", "overwrite", "save_interval", "max_broken", "verify", "adopt")
 
 
 class Progress:
@@ -1192,9 +1209,11 @@ class Progress:
         text = f"{documents:,} documents, {tokens:,} tokens, {self.n_bytes / seconds / 1e6:.1f} MB/s"
         if self.total and consumed > self.first:
             left = int(seconds * (self.total - consumed) / (consumed - self.first))
-            text += f", {100 * consumed / self.total:.1f}% read, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+            text += f", {100 * consumed / self.total:.1f}% read"
+            text += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r\x1b[K{text[:width]}" if self.in_place else text, end="" if self.in_place else "\n", file=sys.stderr, flush=True)
+        text = f"\r\x1b[K{text[:width]}" if self.in_place else text + "\n"
+        print(text, end="", file=sys.stderr, flush=True)
 
     def end(self):
         if self.in_place:
@@ -1224,7 +1243,8 @@ def prepare(settings):
     What an interrupted run left in data_dir/.NAME.partial is continued if it was of the same settings and inputs.
     """
     folder = Path(settings.data_dir) / settings.dataset
-    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))  # no data set begins with a dot
+    # no data set's name begins with a dot
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
     if old.exists() and not folder.exists():  # a run ended between the two renames below
         old.rename(folder)
     if folder.exists():
@@ -1253,7 +1273,9 @@ def prepare(settings):
             partial.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        kept = f"what is done is kept in {partial}, the same command goes on from there" if partial.exists() else "nothing was left behind"
+        kept = "nothing was left behind"
+        if partial.exists():
+            kept = f"what is done is kept in {partial}, the same command goes on from there"
         raise UserError(f"cannot write {folder}: {error.strerror or error}; {kept}") from None
     return folder
 
@@ -1434,7 +1456,8 @@ def check_problems(settings, progress, source, n_waiting=0):
     n_broken = sum(count for count, _ in broken.values())
     if n_broken > settings.max_broken * max(total, 1):
         first = ", ".join(f"{kind} at {places[0]}" for kind, (_, places) in broken.items())
-        raise BadText(f"{n_broken} of {total} documents are broken, more than max_broken {settings.max_broken}: {first}")
+        share = f"more than max_broken {settings.max_broken}"
+        raise BadText(f"{n_broken} of {total} documents are broken, {share}: {first}")
     if not total:
         raise BadText(f"no text in {', '.join(source)}")
     if not progress["documents"][0] and not n_waiting:

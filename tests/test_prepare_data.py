@@ -8,6 +8,7 @@ import http.server
 import json
 import lzma
 import os
+import pickle
 import random
 import re
 import shutil
@@ -599,8 +600,7 @@ def test_kill_at_random_moments(big, tmp_path):
         try:
             process.wait(timeout=rng.uniform(0.4, 1.4) + 0.3 * i)
         except subprocess.TimeoutExpired:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            orphans |= set(children.read_text().split()) if children.exists() else set()
+            orphans |= children(process.pid)
             process.kill()
             killed += 1
         continued += "going on after" in process.communicate()[1]
@@ -612,6 +612,12 @@ def test_kill_at_random_moments(big, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
     time.sleep(0.5)
     assert not [pid for pid in orphans if b"worker" in read_or_empty(f"/proc/{pid}/cmdline")]
+
+
+def children(pid):
+    """Process numbers of its children, where /proc tells."""
+    stats = {p.name: read_or_empty(p / "stat").rpartition(b")")[2].split() for p in Path("/proc").glob("[0-9]*")}
+    return {name for name, stat in stats.items() if len(stat) > 1 and int(stat[1]) == pid}
 
 
 def read_or_empty(path):
@@ -679,6 +685,14 @@ def test_a_worker_that_dies(big, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a worker process ended unexpectedly"):
         prepare(tmp_path, big, num_workers=2, **big_settings(big))
     assert not (tmp_path / "data" / "d").exists()
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x80\x05\x95\xff\xff\0\0\0\0\0\0half a job"])
+def test_a_worker_ends_with_its_parent(sent):
+    command = [sys.executable, ROOT / "prepare_data.py", "worker"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = worker.communicate(pickle.dumps(({"name": "byte"}, ["text"])) + sent, timeout=20)
+    assert (worker.returncode, out, err) == (0, b"", b"")
 
 
 def test_every_damage_is_found(tmp_path, corpus, monkeypatch, capsys):
