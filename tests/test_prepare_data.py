@@ -1,12 +1,23 @@
 """prepare_data.py: text in, shards out, windows back."""
 
 import base64
+import bz2
 import collections
+import gzip
+import http.server
 import json
+import lzma
+import os
+import pickle
+import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,10 +105,12 @@ def test_one_file_has_both_splits(tmp_path, size):
 
 def test_cut_keeps_every_character():
     for text in ("", "a" * 200_000, "数" * 50_000, "line\n" * 40_000, "数\n" * 3 + "é" * 100_000):
-        pieces = cut(text)
-        assert "".join(pieces) == text
-        assert all(len(piece.encode()) <= 65536 for piece in pieces)
-    assert all(piece.endswith("\n") for piece in cut("line\n" * 40_000))
+        pieces = cut(text.encode())
+        assert "".join(piece.decode() for piece in pieces) == text  # none ends within a character
+        assert all(len(piece) <= 65536 for piece in pieces)
+    assert all(piece.endswith(b"\n") for piece in cut(b"line\n" * 40_000))
+    noise = random.Random(0).randbytes(300_000).replace(b"\n", b"\xff")
+    assert b"".join(cut(noise)) == noise
 
 
 def test_jsonl_and_globs_and_folders(tmp_path):
@@ -109,7 +122,7 @@ def test_jsonl_and_globs_and_folders(tmp_path):
     assert sorted(documents(folder, "train") + documents(folder, "val")) == ["# four", "one", "three", "two\nlines"]
     folder = prepare(tmp_path, tmp_path / "a.jsonl", dataset="e", text_field="body")
     assert sorted(documents(folder, "train") + documents(folder, "val")) == ["drei", "eins", "zwei"]
-    assert prepare_data.find_files([str(tmp_path)]) == [tmp_path / "a.jsonl", tmp_path / "b.md"]
+    assert [i.path for i in prepare_data.find_files([str(tmp_path)])] == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.md")]
 
 
 def test_a_file_counts_once_and_blank_lines_are_empty(tmp_path, capsys):
@@ -145,6 +158,7 @@ def test_broken_text_is_counted_and_named(tmp_path, capsys):
     assert f"no JSON object with a text 'text': 3 documents, the first at {tmp_path}/lines.jsonl:2" in err
     assert f"empty: 1 documents, the first at {tmp_path}/empty.txt" in err
     assert sorted(documents(folder, "train") + documents(folder, "val")) == ["caf\ufffd\n", "fine\n", "x"]
+    assert b"".join(tokens(folder, s).astype(np.uint16)[1:].tobytes() for s in ("train", "val")).count(b"\xe9\0\n") == 1  # as it was
 
 
 @pytest.mark.parametrize("vocab_size, magic, version, code", [(257, 20240520, 1, "H"), (65536, 20240520, 1, "H"), (65537, 20240801, 7, "I")])
@@ -177,13 +191,6 @@ def test_damaged_shards_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             open_shard(path)
         assert str(path) in str(error.value)
-
-
-def test_nothing_is_left_when_it_fails(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(prepare_data, "encode", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match="cannot write .*No space left on device"):
-        prepare(tmp_path, corpus)
-    assert not list((tmp_path / "data").iterdir())
 
 
 def test_the_old_data_survive_a_failing_overwrite(tmp_path, corpus):
@@ -336,6 +343,681 @@ def test_damaged_meta(tmp_path, corpus):
         (folder / "meta.json").write_text(text)
         with pytest.raises(UserError, match="meta.json is damaged"):
             prepare_data.read_meta(folder)
+
+
+# -- inputs -------------------------------------------------------------------------------------------------------------
+
+
+def all_documents(folder):
+    return sorted(documents(folder, "train") + documents(folder, "val"))
+
+
+def compress(path, suffix):
+    """`path` as a compressed file beside it, in two members as appending writes them; skips without the library."""
+    data = path.read_bytes()
+    if suffix == ".zst":
+        zstandard = pytest.importorskip("zstandard")
+        pack = zstandard.ZstdCompressor().compress
+    else:
+        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    target = path.with_name(path.name + suffix)
+    target.write_bytes(pack(data[: len(data) // 2]) + pack(data[len(data) // 2 :]))
+    path.unlink()
+    return target
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_are_their_content(tmp_path, suffix):
+    lines = [f"line {i} größe " + "x" * (i % 97) + "\n" for i in range(30_000)]  # more than a job of text
+    (tmp_path / "a.txt").write_text("".join(lines))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:500]))
+    plain = prepare(tmp_path, tmp_path / "a.txt", tmp_path / "b.jsonl", dataset="plain")
+    packed = [compress(tmp_path / name, suffix) for name in ("a.txt", "b.jsonl")]
+    folder = prepare(tmp_path, tmp_path, dataset="packed")
+    assert "".join(sorted(all_documents(plain))) and all_documents(folder) == all_documents(plain)
+    assert (folder / "train_000000.bin").read_bytes() == (plain / "train_000000.bin").read_bytes()
+    for damaged in (packed[0].read_bytes()[:-20], packed[0].read_bytes()[:50], b"not compressed at all"):
+        packed[0].write_bytes(damaged)
+        with pytest.raises(UserError, match=f"input .*a.txt{suffix} cannot be read: .+"):
+            prepare(tmp_path, packed[0], dataset="damaged")
+        assert not list((tmp_path / "data").glob("*damaged*"))
+
+
+def test_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"größe {i}" for i in range(1000)] + [None]
+    table = pyarrow.table({"body": texts, "other": list(range(1001))})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=300)
+    folder = prepare(tmp_path, tmp_path / "a.parquet", text_field="body")
+    assert all_documents(folder) == sorted(texts[:-1])
+    problems = json.loads((folder / "meta.json").read_text())["problems"]
+    assert problems == {"no text 'body'": [1, [f"{tmp_path}/a.parquet:1001"]]}
+    with pytest.raises(UserError, match="no column 'text'; it has body, other"):
+        prepare(tmp_path, tmp_path / "a.parquet", dataset="e")
+    source = prepare_data.find_files([str(tmp_path / "a.parquet")])[0]
+    pieces = list(prepare_data.read_parquet(source, 0, ["body"]))
+    assert [row for rows, _, _ in pieces for row, in rows] == texts
+    for i, (_, after, _) in enumerate(pieces):  # a continued run reads the rest as it would have been read
+        assert list(prepare_data.read_parquet(source, after, ["body"])) == pieces[i + 1 :]
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no PAR1")
+    with pytest.raises(UserError, match="a.parquet cannot be read as parquet"):
+        prepare(tmp_path, tmp_path / "a.parquet", dataset="e")
+
+
+def test_missing_libraries_are_named(tmp_path, monkeypatch):
+    for name in ("pyarrow.parquet", "pyarrow", "datasets", "zstandard", "tokenizers", "rustbpe"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("a.parquet", "a.txt.zst", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"text " * 99)
+    (tmp_path / "a.txt").write_text("text")
+    for package, given, tokenizer in (
+        ("pyarrow", tmp_path / "a.parquet", "byte"),
+        ("zstandard", tmp_path / "a.txt.zst", "byte"),
+        ("datasets", "hub:someone/something", "byte"),
+        ("tokenizers", tmp_path / "a.txt", str(tmp_path / "tokenizer.json")),
+        ("rustbpe", tmp_path / "a.txt", "bpe:300"),
+    ):
+        with pytest.raises(UserError, match=f"pip install {package}$"):
+            prepare(tmp_path, given, tokenizer=tokenizer)
+        assert not list((tmp_path / "data").glob("*"))
+
+
+@pytest.mark.parametrize("form", ["text", "jsonl"])
+def test_standard_input(tmp_path, form):
+    lines = [f"größe {i}\n" for i in range(9000)]
+    text = "".join(lines) if form == "text" else "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    args = [sys.executable, ROOT / "prepare_data.py", "--input=-", f"--stdin_format={form}", "--dataset=d", "--num_workers=2"]
+    done = subprocess.run(args, cwd=tmp_path, input=text.encode(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    texts = all_documents(tmp_path / "data" / "d")
+    assert texts == sorted(lines) if form == "jsonl" else sorted("".join(texts).splitlines(True)) == sorted(lines)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves /good.txt, /good.txt.gz and /short.txt, which ends before its Content-Length."""
+
+    text = "".join(f"line {i}\n" for i in range(50_000)).encode()
+
+    def do_GET(self):
+        data = gzip.compress(self.text) if self.path.startswith("/good.txt.gz") else self.text
+        self.send_response(404 if self.path == "/none.txt" else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: 300_000 if self.path == "/short.txt" else None])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_files_by_address(tmp_path, server, monkeypatch):
+    monkeypatch.setitem(prepare_data.CORPORA, "tinyshakespeare", f"{server}/good.txt")
+    expected = sorted(Handler.text.decode().splitlines())
+    for folder in (
+        prepare(tmp_path, dataset="tinyshakespeare"),
+        prepare(tmp_path, f"{server}/good.txt.gz?download=true"),
+    ):
+        assert sorted("".join(documents(folder, "train") + documents(folder, "val")).splitlines()) == expected
+    with pytest.raises(UserError, match="short.txt cannot be read: the connection ended after 300,000 of 538,890 bytes"):
+        prepare(tmp_path, f"{server}/short.txt", dataset="e")
+    with pytest.raises(UserError, match="none.txt cannot be read: .*404|none.txt cannot be read: .*Not Found"):
+        prepare(tmp_path, f"{server}/none.txt", dataset="e")
+    assert not (tmp_path / "data" / "e").exists()
+
+
+class FakeHub:
+    """Stands for the datasets library: rows of one corpus, and a network that fails after some of them."""
+
+    rows, fail_after, asked = [{"text": f"größe {i} " + "x" * 2000, "id": i} for i in range(1500)], None, []
+
+    def load_dataset(self, *args, **kwargs):
+        self.asked.append((args, kwargs))
+        return FakeRows(self.rows, self.fail_after)
+
+
+class FakeRows:
+    def __init__(self, rows, fail_after):
+        self.rows, self.fail_after = rows, fail_after
+
+    def skip(self, n):
+        return FakeRows(self.rows[n:], self.fail_after)
+
+    def __iter__(self):
+        for i, row in enumerate(self.rows):
+            if i == self.fail_after:
+                raise ConnectionError("reset by peer")
+            yield row
+
+
+def test_hub_corpora_are_streamed_and_continued(tmp_path, monkeypatch, capsys):
+    hub = FakeHub()
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    whole = prepare(tmp_path, dataset="fineweb_edu", shuffle_buffer=100)
+    assert hub.asked == [(("HuggingFaceFW/fineweb-edu", "sample-10BT"), {"split": "train", "streaming": True})]
+    assert all_documents(whole) == sorted(row["text"] for row in hub.rows)
+    hub.fail_after = 900
+    args = dict(shuffle_buffer=100, save_interval=0.0, dataset="d")
+    with pytest.raises(UserError, match="hub:a/b::test cannot be read .ConnectionError: reset by peer.*goes on"):
+        prepare(tmp_path, "hub:a/b::test", **args)
+    hub.fail_after = None
+    folder = prepare(tmp_path, "hub:a/b::test", **args)
+    assert hub.asked[-1] == (("a/b", None), {"split": "test", "streaming": True})
+    assert "going on after" in capsys.readouterr().err
+    assert (folder / "train_000000.bin").read_bytes() == (whole / "train_000000.bin").read_bytes()
+    with pytest.raises(UserError, match="has no field 'body'; it has text, id"):
+        prepare(tmp_path, "hub:a/b", dataset="e", text_field="body")
+
+
+def test_the_datasets_library_with_a_local_folder(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(600)))
+    folder = prepare(tmp_path, f"hub:{tmp_path}/hub")
+    assert all_documents(folder) == sorted(f"text {i}" for i in range(600))
+    source = prepare_data.Input(f"hub:{tmp_path}/hub", "hub")
+    assert [row for rows, _, _ in prepare_data.read_hub(source, 256, ["text"]) for row, in rows] == [f"text {i}" for i in range(256, 600)]
+
+
+def test_problems_have_file_and_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xe9e\n" + b"long line\n" * 120_000 + b"\xff\n")
+    lines = ["{}" if i in (3000, 29_000) else json.dumps({"text": "x" * 30}) for i in range(30_000)]
+    lines[26_000] = '{"text": "\\ud800 alone"}'
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    folder = prepare(tmp_path, tmp_path)
+    assert json.loads((folder / "meta.json").read_text())["problems"] == {
+        "undecodable": [3, [f"{tmp_path}/a.txt:3", f"{tmp_path}/a.txt:120004", f"{tmp_path}/b.jsonl:26001"]],
+        "no JSON object with a text 'text'": [2, [f"{tmp_path}/b.jsonl:3001", f"{tmp_path}/b.jsonl:29001"]],
+    }
+    assert f"undecodable: 3 documents, the first at {tmp_path}/a.txt:3" in capsys.readouterr().err
+    assert "\ufffd alone" in all_documents(folder)
+
+
+def test_a_hopeless_corpus_ends_early(tmp_path):
+    lines = ['{"text": "good"}\n'] * 20_000 + ['{"body": 1}\n'] * 2_000_000
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="more than max_broken 0.01: no JSON object .* at .*a.jsonl:20001") as error:
+        prepare(tmp_path, tmp_path / "a.jsonl")
+    assert int(str(error.value).split()[0]) < 1_000_000  # before all of it was read
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_max_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 500_000)
+    folder = prepare(tmp_path, tmp_path / "a.txt", max_tokens=1_500_000, shuffle_buffer=10)
+    assert 1_500_000 <= len(tokens(folder, "train")) < 2_700_000
+
+
+# -- workers, interruptions, damage -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """Some 9 MB of text and lines, a small vocabulary for them, and the data set made by one process."""
+    folder, rng = tmp_path_factory.mktemp("big"), random.Random(1)
+    words = ["".join(rng.choices("abcdefgh ", k=rng.randrange(1, 9))) for _ in range(500)]
+    text = lambda n: " ".join(rng.choices(words, k=n)) + "\n"
+    for i in range(3):
+        (folder / f"{i}.txt").write_text("".join(text(40) for _ in range(6000)))
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text(rng.randrange(400))}) + "\n" for _ in range(5000)))
+    ranks = [bytes([i]) for i in range(256)] + sorted({w[:2].encode() for w in words if len(w) > 1})
+    (folder / "small.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(ranks)))
+    prepare_data.prepare(Settings(input=[str(folder)], dataset="one", data_dir=str(folder), **big_settings(folder), num_workers=1))
+    return folder
+
+
+def big_settings(folder):
+    return dict(tokenizer=str(folder / "small.tiktoken"), shard_size=700_000, shuffle_buffer=200, val_fraction=0.05)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_any_number_of_workers_writes_the_same(big, tmp_path):
+    for n in (2, 3):
+        folder = prepare(tmp_path, big, num_workers=n, dataset=f"with{n}", **big_settings(big))
+        assert contents(folder) == contents(big / "one")
+    assert len(list(folder.glob("train*.bin"))) > 3
+
+
+def start(big, data_dir, *args, **kwargs):
+    settings = [f"--{name}={value}" for name, value in big_settings(big).items()]
+    command = [sys.executable, ROOT / "prepare_data.py", f"--input={big}", "--dataset=d", f"--data_dir={data_dir}", *settings, *args]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_kill_at_random_moments(big, tmp_path):
+    rng, continued, killed, orphans = random.Random(5), 0, 0, set()
+    for i in range(40):
+        process = start(big, tmp_path, "--save_interval=0", "--num_workers=2")
+        try:
+            process.wait(timeout=rng.uniform(0.4, 1.4) + 0.3 * i)
+        except subprocess.TimeoutExpired:
+            orphans |= children(process.pid)
+            process.kill()
+            killed += 1
+        continued += "going on after" in process.communicate()[1]
+        if process.returncode == 0:
+            break
+        assert not (tmp_path / "d").exists()
+    assert process.returncode == 0 and killed and continued
+    assert contents(tmp_path / "d") == contents(big / "one")
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+    time.sleep(0.5)
+    assert not [pid for pid in orphans if b"worker" in read_or_empty(f"/proc/{pid}/cmdline")]
+
+
+def children(pid):
+    """Process numbers of its children, where /proc tells."""
+    stats = {p.name: read_or_empty(p / "stat").rpartition(b")")[2].split() for p in Path("/proc").glob("[0-9]*")}
+    return {name for name, stat in stats.items() if len(stat) > 1 and int(stat[1]) == pid}
+
+
+def read_or_empty(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20, 1_390_000])
+def test_a_full_disk_costs_nothing(big, tmp_path, limit):
+    """A limit on the size of files stands for the full disk: the write fails in the same place with another number."""
+    resource = pytest.importorskip("resource")
+    full = start(big, tmp_path, "--save_interval=0", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    _, err = full.communicate()
+    assert full.returncode == 2 and not (tmp_path / "d").exists()
+    assert re.fullmatch(r"error: cannot write .*/d: File too large; what is done is kept in .*, the same command .*", err.splitlines()[-1])
+    assert "Traceback" not in err
+    again = start(big, tmp_path)
+    assert again.communicate() and again.returncode == 0
+    assert contents(tmp_path / "d") == contents(big / "one")
+
+
+def test_other_settings_begin_anew(big, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fail_later(path, value):
+        calls.append(path)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        save(path, value)
+
+    save = prepare_data.save_json
+    monkeypatch.setattr(prepare_data, "save_json", fail_later)
+    with pytest.raises(UserError, match="No space left on device; what is done is kept"):
+        prepare(tmp_path, big, num_workers=1, save_interval=0.0, **big_settings(big))
+    monkeypatch.setattr(prepare_data, "save_json", save)
+    folder = prepare(tmp_path, big, num_workers=1, **big_settings(big) | {"seed": 3})
+    assert "of other settings or inputs: beginning anew" in capsys.readouterr().err
+    assert contents(folder).keys() == contents(big / "one").keys() and contents(folder) != contents(big / "one")
+
+
+def test_two_runs_do_not_mix(tmp_path, corpus):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "data" / ".d.partial").mkdir(parents=True)
+    handle = os.open(tmp_path / "data" / ".d.partial", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is preparing .*/d"):
+        prepare(tmp_path, corpus)
+    os.close(handle)
+    prepare(tmp_path, corpus)
+
+
+def test_an_overwrite_that_was_killed_between_its_renames(tmp_path, corpus):
+    folder = prepare(tmp_path, corpus)
+    before = contents(folder)
+    folder.rename(tmp_path / "data" / ".d.old")
+    with pytest.raises(UserError, match="exists"):
+        prepare(tmp_path, corpus)
+    assert contents(folder) == before
+
+
+def test_a_worker_that_dies(big, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="a worker process ended unexpectedly"):
+        prepare(tmp_path, big, num_workers=2, **big_settings(big))
+    assert not (tmp_path / "data" / "d").exists()
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x80\x05\x95\xff\xff\0\0\0\0\0\0half a job"])
+def test_a_worker_ends_with_its_parent(sent):
+    command = [sys.executable, ROOT / "prepare_data.py", "worker"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = worker.communicate(pickle.dumps(({"name": "byte"}, ["text"])) + sent, timeout=20)
+    assert (worker.returncode, out, err) == (0, b"", b"")
+
+
+def test_every_damage_is_found(tmp_path, corpus, monkeypatch, capsys):
+    folder = prepare(tmp_path, corpus, shard_size=3000, tokenizer="byte")
+    prepare_data.verify(folder)
+    assert "are as meta.json says" in capsys.readouterr().out
+    rng, shards = random.Random(2), sorted(folder.glob("*.bin"))
+    assert len(shards) > 4
+    for path in shards:
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        flipped[rng.randrange(1024, len(data))] ^= 1 << rng.randrange(8)
+        for damaged, message in ((flipped, "does not have its checksum"), (data[:-2], "truncated"), (None, "is missing")):
+            path.write_bytes(damaged) if damaged else path.unlink()
+            with pytest.raises(UserError, match=message) as error:
+                prepare_data.verify(folder)
+            assert str(path) in str(error.value) and str(error.value).count(path.name) == 1
+            with pytest.raises(UserError):
+                TokenData(folder, path.stem.split("_")[0], 8, 257)
+            path.write_bytes(data)
+    data = shards[0].read_bytes()
+    shards[0].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    monkeypatch.setattr(prepare_data, "CHECKED", 0)  # as if the split were large
+    TokenData(folder, "train", 8, 257).rows(0, 1)
+    (folder / "train_000009.bin").write_bytes(data)
+    with pytest.raises(UserError, match="train_000009.bin is not in .*meta.json"):
+        TokenData(folder, "train", 8, 257)
+
+
+def test_data_of_the_first_version_are_read(tmp_path, bpe, corpus, capsys):
+    folder = prepare(tmp_path, corpus, tokenizer=str(bpe))
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["tokenizer"]["ranks_crc32"], meta["problems"]
+    for counts in meta["splits"].values():
+        del counts["loss_tokens"], counts["shards"][0]["crc32"]
+    new = prepare_data.read_meta(folder)["tokenizer"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert prepare_data.read_meta(folder)["tokenizer"] == new
+    TokenData(folder, "val", 8, 263).rows(0, 3)
+    prepare_data.verify(folder)
+    assert "2 of them have no checksum" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read where Linux shows it")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    program = f"import re, runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n"
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    program += "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
+    peaks = []
+    for n in (20, 100):
+        (tmp_path / f"{n}.txt").write_bytes(b"all work and no play makes jack a dull boy\n" * (n * 1_000_000 // 43))
+        args = [sys.executable, "-c", program, ROOT / "prepare_data.py", f"--input={n}.txt", "--dataset", f"d{n}"]
+        done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < 1.15 * peaks[0], peaks
+
+
+def test_progress_in_place_and_in_a_log(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(prepare_data.time, "monotonic", lambda: now[0])
+    for in_place in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: in_place, raising=False)
+        now[0] = 0.0
+        meter = prepare_data.Progress(total=1000_000_000, consumed=0)
+        for i in range(1, 61):
+            now[0] = float(i)
+            meter.show(10_000_000, i, 2 * i, i * 10_000_000)
+        meter.end()
+        shown = capsys.readouterr().err
+        if in_place:
+            assert shown.count("\r\x1b[K") == 61 and "\n" not in shown
+        else:
+            assert shown.splitlines() == [
+                "30 documents, 60 tokens, 10.0 MB/s, 30.0% read, 0:01:10 left",
+                "60 documents, 120 tokens, 10.0 MB/s, 60.0% read, 0:00:40 left",
+            ]
+    now[0] = 0.0
+    meter = prepare_data.Progress(total=0, consumed=0)
+    now[0] = 31.0
+    meter.show(31_000_000, 5, 6, 7)
+    assert capsys.readouterr().err == "5 documents, 6 tokens, 1.0 MB/s\n"
+
+
+# -- other vocabularies -------------------------------------------------------------------------------------------------
+
+
+def random_bytes(rng):
+    """Valid text, noise, and both in turn."""
+    parts = []
+    for _ in range(rng.randrange(4)):
+        text = "".join(chr(rng.choice((rng.randrange(128), rng.randrange(0x800), rng.randrange(0x10000, 0x110000)))) for _ in range(rng.randrange(20)))
+        parts += [text.encode(), rng.randbytes(rng.randrange(6)), text.encode()[1:], b"<|endoftext|>", b" \r\n\t\xc2\xa0"]
+    rng.shuffle(parts)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe", "trained"])
+def test_round_trip_of_any_bytes(name, request):
+    encoding = prepare_data.get_tokenizer("byte" if name == "byte" else str(request.getfixturevalue(name)))
+    rng = random.Random(3)
+    for _ in range(400):
+        data = random_bytes(rng)
+        ids = encode(encoding, data)
+        assert prepare_data.decode_bytes(encoding, ids) == data
+        assert encoding.eot_token not in ids and (len(ids) == 0 or max(ids) < encoding.n_vocab)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set with a vocabulary of 600 trained on it."""
+    pytest.importorskip("rustbpe")
+    tmp_path = tmp_path_factory.mktemp("trained")
+    rng = random.Random(4)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randrange(2, 9))) for _ in range(200)]
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=50))}) + "\n" for _ in range(2000)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    return prepare(tmp_path, tmp_path / "a.jsonl", tokenizer="bpe:600")
+
+
+def test_a_trained_vocabulary(trained, tmp_path):
+    meta = prepare_data.read_meta(trained)
+    encoding = build_encoding(meta["tokenizer"])
+    assert meta["vocab_size"] == encoding.n_vocab == 600 and encoding.eot_token == 599
+    texts = [json.loads(line)["text"] for line in (trained.parent.parent / "a.jsonl").read_text().splitlines()]
+    assert sorted(documents(trained, "train", encoding) + documents(trained, "val", encoding)) == sorted(texts)
+    counts = meta["splits"]["train"]
+    assert counts["tokens"] < counts["bytes"] / 2
+    # the same vocabulary for another text, and again from the same sample
+    other = prepare(tmp_path, trained.parent.parent / "a.jsonl", tokenizer=str(trained), val_fraction=0.3)
+    assert prepare_data.read_meta(other)["tokenizer"] == meta["tokenizer"]
+    again = prepare(tmp_path, trained.parent.parent / "a.jsonl", tokenizer="bpe:600", dataset="e")
+    assert contents(again) == contents(trained)
+
+
+def test_a_small_text_has_fewer_merges(tmp_path):
+    pytest.importorskip("rustbpe")
+    (tmp_path / "a.txt").write_text("ab ab ab abc\n" * 20)
+    folder = prepare(tmp_path, tmp_path / "a.txt", tokenizer="bpe:5000")
+    meta = prepare_data.read_meta(folder)
+    assert 257 < meta["vocab_size"] == build_encoding(meta["tokenizer"]).n_vocab < 300
+
+
+@pytest.fixture
+def hub_tokenizer(tmp_path):
+    """tokenizer.json of a byte-level BPE as GPT-NeoX has, and of one that lowercases as BERT's and T5's change text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    paths = []
+    for name in ("exact", "lower"):
+        t = tokenizers.Tokenizer(tokenizers.models.BPE())
+        t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        t.decoder = tokenizers.decoders.ByteLevel()
+        if name == "lower":
+            t.normalizer = tokenizers.normalizers.Lowercase()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["</s>", "<pad>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        t.train_from_iterator(["file größe hello world the cat " * 20], trainer)
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / "tokenizer.json")
+        t.save(str(paths[-1]))
+    return paths
+
+
+def test_tokenizer_json(tmp_path, hub_tokenizer, corpus, capsys):
+    from tokenizers import Tokenizer
+
+    exact, lower = hub_tokenizer
+    reference = Tokenizer.from_file(str(exact))
+    folder = prepare(tmp_path, corpus, tokenizer=str(exact))
+    meta = prepare_data.read_meta(folder)
+    assert json.loads(json.dumps(meta["tokenizer"])) == meta["tokenizer"] and meta["tokenizer"]["name"] == "exact"
+    encoding = build_encoding(meta["tokenizer"])
+    assert (encoding.eot_token, encoding.n_vocab) == (reference.token_to_id("</s>"), reference.get_vocab_size())
+    for text in TEXTS:
+        assert encode(encoding, text).tolist() == reference.encode(text, add_special_tokens=False).ids
+        assert decode(encoding, encode(encoding, text)) == text
+    assert encoding.eot_token not in encode(encoding, "a </s> b") and decode(encoding, [5000]) == "\ufffd"
+    texts = [p.read_bytes().decode() for p in corpus.iterdir()]
+    assert sorted(documents(folder, "train", encoding) + documents(folder, "val", encoding)) == sorted(texts)
+    assert "altered" not in capsys.readouterr().err
+    (tmp_path / "upper.txt").write_text("Hello")
+    folder = prepare(tmp_path, corpus, tmp_path / "upper.txt", tokenizer=str(lower), dataset="e", num_workers=2)
+    assert json.loads((folder / "meta.json").read_text())["problems"] == {"altered by the tokenizer": [1, [str(tmp_path / "upper.txt")]]}
+    with pytest.raises(UserError, match="has no token <none>; name its end of text with --eot_token="):
+        prepare(tmp_path, corpus, tokenizer=str(exact), dataset="f", eot_token="<none>")
+    exact.write_text("{}")
+    with pytest.raises(UserError, match="is not a tokenizer.json"):
+        prepare_data.get_tokenizer(str(exact))
+
+
+def test_a_damaged_tokenizer_is_found(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "d")
+    path = tmp_path / "d" / "tokenizer.tiktoken"
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(lines[:400]) + lines[401].split()[0] + " 400\n" + lines[400].split()[0] + " 401\n" + "".join(lines[402:]))
+    with pytest.raises(UserError, match="tokenizer.tiktoken does not have its checksum"):
+        prepare_data.read_meta(tmp_path / "d")
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_prompts_carry_no_loss(tmp_path, num_workers):
+    pairs = [(f"question {i}? " * (i % 5), f"answer {i}é") for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    fields = dict(prompt_field="prompt", text_field="completion")
+    folder = prepare(tmp_path, tmp_path / "a.jsonl", shard_size=3000, num_workers=num_workers, val_fraction=0.1, **fields)
+    n_loss, seen = 0, []
+    for path in sorted(folder.glob("*.bin")):
+        ids, mask = open_shard(path).tolist(), path.with_suffix(".mask").read_bytes()
+        assert len(ids) == len(mask)
+        seen += [(path.name.split("_")[0], i, m) for i, m in zip(ids, mask)]
+        n_loss += sum(mask)
+    # by hand: every document is <end of text> prompt answer, and only the prompt is masked
+    for split in ("train", "val"):
+        stream = [(i, m) for s, i, m in seen if s == split]
+        starts = [k for k, (i, _) in enumerate(stream) if i == 256] + [len(stream)]
+        for a, b in zip(starts, starts[1:]):
+            text, masked = bytes(i for i, _ in stream[a + 1 : b]), [m for _, m in stream[a:b]]
+            pair = next((p, c) for p, c in pairs if (p + c).encode() == text)
+            assert masked == [1] + [0] * len(pair[0].encode()) + [1] * len(pair[1].encode())
+            pairs.remove(pair)
+    assert not pairs
+    meta = json.loads((folder / "meta.json").read_text())["splits"]
+    assert meta["train"]["loss_tokens"] + meta["val"]["loss_tokens"] == n_loss
+    data = TokenData(folder, "train", 16, 257)
+    x, y = data.rows(0, len(data))
+    by_window = {tuple(row): target for row, target in zip(x.tolist(), y.tolist())}
+    for path in sorted(folder.glob("train*.bin")):
+        ids, mask = open_shard(path).astype(int), np.frombuffer(path.with_suffix(".mask").read_bytes(), np.uint8)
+        for s in range(0, len(ids) - 16, 16):
+            assert by_window[tuple(ids[s : s + 16])] == [i if m else -100 for i, m in zip(ids[s + 1 : s + 17], mask[s + 1 : s + 17])]
+    mask = next(folder.glob("train*.mask"))
+    flipped = bytearray(mask.read_bytes())
+    flipped[7] ^= 1
+    mask.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"train_000000.mask does not have its checksum"):
+        prepare_data.verify(folder)
+    mask.write_bytes(flipped[:-1])
+    with pytest.raises(UserError, match=r"train_000000.mask has \d+ bytes for a shard of \d+ tokens"):
+        TokenData(folder, "train", 16, 257)
+    mask.unlink()
+    with pytest.raises(UserError, match=r"train_000000.mask is missing"):
+        TokenData(folder, "train", 16, 257)
+
+
+def test_prompts_need_rows(tmp_path, corpus):
+    with pytest.raises(UserError, match="prompt_field needs jsonl, parquet or hub rows; .*txt is plain text"):
+        prepare(tmp_path, corpus, prompt_field="prompt")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "text": "y"}\n')
+    with pytest.raises(UserError, match="holds one document only"):
+        prepare(tmp_path, tmp_path / "a.jsonl", prompt_field="prompt")
+
+
+# -- shards of other programs -------------------------------------------------------------------------------------------
+
+
+def test_shards_of_llm_c_and_modded_nanogpt(tmp_path):
+    """Written as their scripts do, and ours read as their loaders do: a header of 256 int32, then uint16 or uint32."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data" / "fineweb10B"
+    folder.mkdir(parents=True)
+    for name, n in (("fineweb_train_000001", 5000), ("fineweb_train_000002", 3000), ("fineweb_val_000000", 1000)):
+        header = np.zeros(256, dtype=np.int32)
+        header[0], header[1], header[2] = 20240520, 1, n
+        with open(folder / f"{name}.bin", "wb") as file:
+            file.write(header.tobytes())
+            file.write(rng.integers(0, 257, n).astype(np.uint16).tobytes())
+    data = TokenData(folder, "train", 16, 50257)
+    assert data.n_tokens == 8000 and len(TokenData(folder, "val", 16, 50257)) == 62
+    assert prepare_data.adopt(Settings(adopt=True, data_dir=str(tmp_path / "data"), dataset="fineweb10B")) == folder
+    meta = prepare_data.read_meta(folder)
+    ids = np.concatenate([np.fromfile(p, np.uint16)[512:] for p in sorted(folder.glob("*train*"))])
+    counts = meta["splits"]["train"]
+    assert (counts["tokens"], counts["documents"], counts["bytes"]) == (8000, (ids == 256).sum(), (ids < 256).sum())
+    prepare_data.verify(folder)
+    TokenData(folder, "train", 16, 257)
+
+    (tmp_path / "a.txt").write_text("some text\n" * 300)
+    for path in prepare(tmp_path, tmp_path / "a.txt").glob("*.bin"):
+        raw = path.read_bytes()
+        header = struct.unpack("<256i", raw[:1024])
+        assert header[0] == 20240520 and header[1] == 1 and len(raw) == 1024 + 2 * header[2]
+        assert struct.unpack(f"<{header[2]}H", raw[1024:]) == tuple(open_shard(path))
+
+
+def test_nanogpt_bins(tmp_path, bpe):
+    folder = tmp_path / "data" / "openwebtext"
+    folder.mkdir(parents=True)
+    encoding = prepare_data.get_tokenizer(str(bpe))
+    for split, n in (("train", 50), ("val", 5)):
+        ids = sum((encoding.encode_ordinary(f"hello world {i}") + [encoding.eot_token] for i in range(n)), [])
+        np.array(ids, dtype=np.uint16).tofile(folder / f"{split}.bin")
+        assert open_shard(folder / f"{split}.bin").tolist() == ids
+    x, y = TokenData(folder, "train", 8, 263).rows(0, 4)
+    assert (x[:, 1:] == y[:, :-1]).all()
+    settings = dict(adopt=True, data_dir=str(tmp_path / "data"), dataset="openwebtext")
+    with pytest.raises(UserError, match=r"holds token 2\d\d: tokenizer byte of 257 did not make it"):
+        prepare_data.adopt(Settings(**settings))
+    prepare_data.adopt(Settings(**settings, tokenizer=str(bpe)))
+    counts = prepare_data.read_meta(folder)["splits"]["train"]
+    assert (counts["documents"], counts["bytes"]) == (50, sum(len(f"hello world {i}") for i in range(50)))
+    with pytest.raises(UserError, match="has a meta.json already"):
+        prepare_data.adopt(Settings(**settings))
+    prepare_data.verify(folder)
+    (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
+    with pytest.raises(UserError, match="val.bin has .* bytes .* truncated or damaged"):
+        prepare_data.verify(folder)
+    with pytest.raises(UserError, match="does not exist"):
+        prepare_data.verify(tmp_path / "nothing")
+
+
+def test_a_step_is_the_same_for_any_world_size(shards):
+    """Global batches of 12 rows: one process, 2 of 6, 3 of 4 micro-steps of 2 on 2 processes, from any step on."""
+    make = lambda: TokenData(shards, "train", block_size=8, vocab_size=1000, seed=3)
+    whole = [make().rows(12 * step, 12)[0].tolist() for step in range(15)]  # beyond the first epoch
+    for world in (2, 3, 4, 6):
+        readers, n = [make() for _ in range(world)], 12 // world
+        for step in (0, 7, 14):
+            parts = [reader.rows(12 * step + rank * n, n)[0].tolist() for rank, reader in enumerate(readers)]
+            assert sum(parts, []) == whole[step]
 
 
 # -- the program --------------------------------------------------------------------------------------------------------
