@@ -826,7 +826,8 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         logits32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits32.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        total = F.cross_entropy(logits32.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        loss = total / (targets != -100).sum().clamp(min=1)  # 0 where every target is masked
         self.losses = {"cross_entropy": loss.detach()}
         moes = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         if self.training and moes:
