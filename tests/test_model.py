@@ -29,7 +29,7 @@ def randomized(config, dtype=torch.float32):
             elif p.dim() == 1:
                 p.copy_((0 if name.endswith("bias") else 1) + 0.3 * torch.randn_like(p))
             elif "embed" not in name:
-                p.copy_(torch.randn_like(p) * 1.2 / math.sqrt(p.shape[1]))
+                p.copy_(torch.randn_like(p) * 0.8 / math.sqrt(p.shape[1]))
     return model
 
 
