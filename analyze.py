@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 import prepare_data
 from configurator import UserError, configure, run
-from model import GPT, GPTConfig, gate_scale
+from model import GPT, Block, GPTConfig, gate_scale
 from prepare_data import TokenData
 
 METRICS = {
@@ -104,38 +104,43 @@ class Trace:
     """What one batch idx, targets (B, T) does in the model:
 
     states       L + 1 residual states (B, T, n_embd)
-    modules      {"attn": L outputs of the attention, "mlp": L of the MLP}, each (B, T, n_embd)
+
+    and for each layer, None where it has no such part (a block that was replaced by another function):
+
+    modules      {"attn": the attention's output, "mlp": the MLP's}, each (B, T, n_embd)
     branches     the same where they are added to the stream: after the norm B and what else scales the branch
-    attention    L of (q, k, mask): queries and keys as their product gets them, after norm and rotation, (B, n_head, T,
+    attention    (q, k, mask): queries and keys as their product gets them, after norm and rotation, (B, n_head, T,
                  head_dim) and (B, n_kv_head, T, head_dim); mask is None for the causal one
-    mlp_inputs   L inputs of the MLP (B, T, n_embd)
+    mlp_inputs   the MLP's input (B, T, n_embd)
     """
 
     def __init__(self, model, idx, targets):
-        self.model, self.targets = model, targets
-        self.modules, self.branches = {"attn": [], "mlp": []}, {"attn": [], "mlp": []}
-        self.attention, self.mlp_inputs, hooks = [], [], []
-        for block in model.blocks:
-            for name, scale in zip(("attn", "mlp"), sublayer_scales(block)):
-                hooks += self.watch(name, getattr(block, name), getattr(block, f"{name}_residual"), scale)
-            hooks.append(block.mlp.register_forward_pre_hook(lambda _, args: self.mlp_inputs.append(args[0])))
-        x = model.embed_norm(model.embed_tokens(idx))
-        self.states = [x]
-        with RecordAttention(self.attention):
-            for block in model.blocks:
-                x = block(x)
-                self.states.append(x)
-        for hook in hooks:
-            hook.remove()
+        self.model, self.targets, L = model, targets, len(model.blocks)
+        self.modules = {"attn": [None] * L, "mlp": [None] * L}
+        self.branches = {"attn": [None] * L, "mlp": [None] * L}
+        self.attention, self.mlp_inputs = [None] * L, [None] * L
+        self.states = [model.embed_norm(model.embed_tokens(idx))]
+        for l, block in enumerate(model.blocks):
+            hooks = list(self.watch(l, block)) if isinstance(block, Block) else []
+            with RecordAttention(self.attention, l):
+                self.states.append(block(self.states[l]))
+            for hook in hooks:
+                hook.remove()
 
-    def watch(self, name, module, residual, scale):
-        """Hooks that note the output of a sub-layer, and the branch after the norm B."""
+    def watch(self, l, block):
+        """Hooks that note what happens in the sub-layers of a block."""
+        for name, scale in zip(("attn", "mlp"), sublayer_scales(block)):
+            module, residual = getattr(block, name), getattr(block, f"{name}_residual")
 
-        def note_branch(_, __, h):
-            self.branches[name].append(residual.gpas_at("module", residual.s_at("branch", h), scale))
+            def note_module(_, __, out, name=name):
+                self.modules[name][l] = out
 
-        yield module.register_forward_hook(lambda _, __, out: self.modules[name].append(out))
-        yield residual.out_norm.register_forward_hook(note_branch)
+            def note_branch(_, __, h, name=name, residual=residual, scale=scale):
+                self.branches[name][l] = residual.gpas_at("module", residual.s_at("branch", h), scale)
+
+            yield module.register_forward_hook(note_module)
+            yield residual.out_norm.register_forward_hook(note_branch)
+        yield block.mlp.register_forward_pre_hook(lambda _, args: self.mlp_inputs.__setitem__(l, args[0]))
 
     @functools.cached_property
     def loss(self):
@@ -148,16 +153,16 @@ class Trace:
 
 
 class RecordAttention(TorchFunctionMode):
-    """Notes (q, k, mask) of every call of scaled_dot_product_attention in `calls`."""
+    """Notes (q, k, mask) of a call of scaled_dot_product_attention in calls[l]."""
 
-    def __init__(self, calls):
+    def __init__(self, calls, l):
         super().__init__()
-        self.calls = calls
+        self.calls, self.l = calls, l
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.calls.append((*args[:2], kwargs.get("attn_mask")))
+            self.calls[self.l] = *args[:2], kwargs.get("attn_mask")
         return func(*args, **kwargs)
 
 
@@ -276,8 +281,9 @@ def stream(model):
             for power, value in zip(powers, (y, square, square * y, square * square)):
                 power[i] += value.sum(0)
         for name in ("attn", "mlp"):
-            parts[f"{name}_variance"] += torch.stack([token_variance(h) for h in trace.branches[name]])
-            parts[f"{name}_module_variance"] += torch.stack([token_variance(h) for h in trace.modules[name]])
+            for l in range(L):
+                parts[f"{name}_variance"][l] += token_variance(trace.branches[name][l])
+                parts[f"{name}_module_variance"][l] += token_variance(trace.modules[name][l])
         top, order = top.topk(min(TOP, len(top)))
         top_state, n = top_state[order], n + x[..., 0].numel()
     m1, p2, p3, p4 = powers / n
@@ -298,7 +304,9 @@ def stream(model):
 
 
 def token_variance(x):
-    """Sum over tokens of the variance over the dimensions (1/d) of x (B, T, d)."""
+    """Sum over tokens of the variance over the dimensions (1/d) of x (B, T, d); nan for None."""
+    if x is None:
+        return torch.tensor(math.nan)
     return x.var(-1, correction=0).double().sum()
 
 
@@ -344,8 +352,13 @@ def attention(model, map_size=256):
     while trace := (yield):
         B, T = trace.targets.shape
         P = min(T, map_size)
-        maps = maps if maps is not None else zeros(model, L, H, P, P).float()
-        for l, (q, k, mask) in enumerate(trace.attention):
+        if maps is None:
+            maps = zeros(model, L, H, P, P)
+        for l, call in enumerate(trace.attention):
+            if call is None:
+                below[:, l], entropy[l] = math.nan, math.nan
+                continue
+            q, k, mask = call
             for b in range(B):
                 A, visible = attention_weights(q[b], k[b], mask)  # (n_head, T, T)
                 # masked weights are below every threshold: they are taken off again
@@ -382,7 +395,7 @@ def experts(model):
     dead     (M)     share of the experts that no token chose
     entropy  (M)     of the router's probabilities, softmax over all experts, in nats, mean over tokens: at most log E
     """
-    layers = [l for l, block in enumerate(model.blocks, 1) if hasattr(block.mlp, "router")]
+    layers = [l for l, block in enumerate(model.blocks, 1) if hasattr(getattr(block, "mlp", None), "router")]
     if not layers:
         raise UserError("experts: this model has none")
     k, E = model.config.n_expert_active, model.config.n_expert
@@ -722,3 +735,580 @@ def multiple_choice(model, questions, encoding, batch_size=16):
         correct += per_character.argmax(0) == answer
     accuracy = correct / len(questions)
     return {"accuracy": accuracy[0].item(), "score_drop": accuracy[0] - accuracy[1:], "n_questions": len(questions)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs and text
+
+
+def load_run(out_dir, device="cpu"):
+    """(model, checkpoint dict) of out_dir/ckpt.pt; UserError if it is missing or damaged. No code in it is ever run."""
+    path = Path(out_dir) / "ckpt.pt"
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}; name the folder of a run")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        (checkpoint["settings"], checkpoint["tokenizer"], checkpoint["step"])  # a KeyError here is a damaged file too
+        return model.to(device).eval(), checkpoint
+    except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}") from None
+
+
+def find_data(settings, checkpoint):
+    """Folder of the data set that the settings or the run name; UserError if it is not there or of another tokenizer."""
+    of_run = checkpoint["settings"]
+    dataset, data_dir = settings.dataset or of_run["dataset"], settings.data_dir or of_run["data_dir"]
+    folders = [f for f in (Path(data_dir) / dataset, Path(dataset)) if prepare_data.shard_paths(f, "val")]
+    if not folders:
+        raise UserError(f"no held-out text of data set {dataset!r} in {data_dir}/; --data_dir= and --dataset= say where it is")
+    tokenizer = prepare_data.read_meta(folders[0]).get("tokenizer")
+    if tokenizer and checkpoint["tokenizer"] and tokenizer != checkpoint["tokenizer"]:
+        raise UserError(
+            f"{folders[0]} was made with tokenizer {tokenizer['name']}, the run with {checkpoint['tokenizer']['name']}"
+        )
+    return folders[0]
+
+
+def load_batches(folder, config, tokens, batch_size, block_size=None, device="cpu"):
+    """Held-out text of a data set's folder, a list of (idx, targets), int64 tensors (up to batch_size, block_size).
+
+    The windows that hold `tokens` tokens, or all there are; the same ones for every run with this block size.
+    """
+    T = block_size or config.block_size
+    data = TokenData(folder, "val", T, config.vocab_size)
+    n = min(math.ceil(tokens / T), len(data))
+    rows = [torch.from_numpy(r).to(device) for r in data.rows(0, n)]
+    return list(zip(rows[0].split(batch_size), rows[1].split(batch_size)))
+
+
+def read_questions(path):
+    """The questions of a jsonl for `multiple_choice`; UserError names the line that is not one."""
+    questions = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"choices {path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            q = json.loads(line)
+            prompt, choices, answer = q["prompt"], q["choices"], q["answer"]
+            is_index = type(answer) is int and 0 <= answer < len(choices)
+            good = type(choices) is list and all(type(c) is str for c in [prompt, *choices]) and (is_index or answer in choices)
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise UserError(
+                f"{path}:{number} is not a question: an object with prompt, choices (strings) and answer (an index from 0 "
+                "or one of the choices)"
+            )
+        questions.append(q)
+    if not questions:
+        raise UserError(f"{path} holds no questions")
+    return questions
+
+
+def read_log(out_dir):
+    """The lines of out_dir/log.jsonl as dicts, [] without one; a line cut off by the end of its process is left out."""
+    path, records = Path(out_dir) / "log.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [r for r in records if isinstance(r, dict) and "step" in r]
+
+
+def progress(items, label):
+    """The items; on standard error, how many are done and how long the rest takes."""
+    start, rewrite = time.monotonic(), sys.stderr.isatty()
+    for i, item in enumerate(items, 1):
+        yield item
+        seconds = time.monotonic() - start
+        if i == len(items):
+            print(f"{label}: {seconds:.1f} s" + " " * 30, file=sys.stderr, flush=True)
+        elif rewrite or i == 1:
+            text = f"{label}: {i} of {len(items)}, {seconds * (len(items) - i) / i:.0f} s left"
+            print(text, file=sys.stderr, flush=True, end="   \r" if rewrite else "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results of a run, its tables
+
+
+def analyze_run(out_dir, settings, device):
+    """All measures that the settings ask for: {"run": what was measured, metric: its result}."""
+    model, checkpoint = load_run(out_dir, device)
+    config, wants, name = model.config, settings.wants, Path(out_dir).name
+    layers = None if settings.layers == "all" else list(dict.fromkeys(map(int, settings.layers.split(","))))
+    if layers and max(layers) > config.n_layer:
+        raise UserError(f"--layers={settings.layers}: {out_dir} has layers 1 to {config.n_layer}")
+    has_experts = any(hasattr(block.mlp, "router") for block in model.blocks)
+    if not has_experts and settings.metrics != "all" and wants("experts"):
+        raise UserError(f"metrics=experts: {out_dir} has no experts")
+    folder = find_data(settings, checkpoint)
+
+    def batches(tokens, batch_size):
+        return load_batches(folder, config, tokens, batch_size, settings.block_size, device)
+
+    text = batches(settings.tokens, settings.batch_size)
+    n_tokens = sum(idx.numel() for idx, _ in text)
+    print(f"{out_dir}: {config.norm}, {config.n_layer} layers x {config.n_embd}, step {checkpoint['step']}; ", end="")
+    print(f"{n_tokens:,} held-out tokens of {folder}" + ", all there are" * (n_tokens < settings.tokens), flush=True)
+    result = {"run": {"out_dir": str(out_dir), "norm": config.norm, "n_layer": config.n_layer, "n_embd": config.n_embd}}
+    result["run"].update(step=checkpoint["step"], data=str(folder), tokens=n_tokens)
+
+    # first what the unchanged model shows, then what changed ones do: the affine maps need all text before they are used
+    first = {"stream": stream, "angular": angular_distance, "attention": attention}
+    started = {metric: f.start(model) for metric, f in first.items() if wants(metric)}
+    if wants("experts") and has_experts:
+        started["experts"] = experts.start(model)
+    if wants("usefulness"):
+        started["maps"] = affine_maps.start(model)
+    if started:
+        result.update(one_pass(model, progress(text, f"{name}: {', '.join(started)}"), started))
+    started = {metric: f.start(model) for metric, f in {"removal": removal, "permutation": permutation}.items() if wants(metric)}
+    if wants("usefulness"):
+        started["usefulness"] = replacement.start(model, maps=result.pop("maps"))
+    if started:
+        result.update(one_pass(model, progress(text, f"{name}: {', '.join(started)}"), started))
+    if wants("gradients"):
+        result["gradients"] = gradients(model, progress(text, f"{name}: gradients"))
+    if wants("weights"):
+        result["weights"] = weights(model)
+    if wants("jacobian"):
+        some = batches(settings.jacobian_tokens, 1)
+        result["jacobian"] = jacobian(model, progress(some, f"{name}: jacobian"), layers, settings.own_token)
+        result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in some)
+    if settings.choices:
+        if not checkpoint["tokenizer"]:
+            raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
+        encoding = prepare_data.build_encoding(checkpoint["tokenizer"])
+        result["choices"] = multiple_choice(model, read_questions(settings.choices), encoding)
+    return result
+
+
+def columns(result):
+    """(group, title, values, log) of everything that a run has one number a layer of: values (L + 1), the embedding's
+    output first (nan where it has none), log whether it spans orders of magnitude. Tables and figures show these."""
+    L, nan = result["run"]["n_layer"], torch.tensor([math.nan], dtype=torch.float64)
+
+    def by_layer(values):
+        return torch.cat((nan, torch.as_tensor(values).double().cpu()))
+
+    if r := result.get("stream"):
+        for title, key in (("variance", "variance"), ("mean |x|", "magnitude"), ("largest |x|", "largest")):
+            yield "stream", title, r[key].cpu(), True
+        yield "stream", "kurtosis", r["kurtosis"].cpu(), True
+        for title, key in (("attention", "attn"), ("MLP", "mlp")):
+            yield "stream", f"{title} variance", by_layer(r[f"{key}_variance"]), True
+    if r := result.get("gradients"):
+        yield "parameters", "gradient norm", by_layer(r["norm"]), True
+        yield "parameters", "gradient variance", by_layer(r["variance"]), True
+    if r := result.get("weights"):
+        yield "parameters", "attention weights", by_layer(r["attn_norm"]), False
+        yield "parameters", "MLP weights", by_layer(r["mlp_norm"]), False
+        if "gates" in r:
+            yield "parameters", "gate a", by_layer(r["gates"].mean(1)), False
+            yield "parameters", "1 - act(a)", by_layer(r["gate_scale"].mean(1)), False
+        for title, key in (("attention out gain", "attn_out_gain"), ("MLP out gain", "mlp_out_gain")):
+            if not r[key].isnan().all():
+                yield "parameters", title, by_layer(r[key]), False
+    if r := result.get("removal"):
+        yield "importance", "loss drop", by_layer(r["loss_drop"]), False
+        yield "importance", "perplexity drop", by_layer(r["perplexity_drop"]), False
+        yield "importance", "causal effect", by_layer(r["causal"].nanmean(1)), False
+    if r := result.get("permutation"):
+        yield "importance", "mean swap", by_layer(r["matrix"].sum(1) / max(1, L - 1)), False
+    if r := result.get("usefulness"):
+        yield "importance", "affine loss ratio", by_layer(r["ratio"]), False
+    if "angular" in result:
+        yield "importance", "angle to next", by_layer(result["angular"][:, 0]), False
+    if r := result.get("choices"):
+        yield "importance", "accuracy drop", by_layer(r["score_drop"]), False
+    if r := result.get("jacobian"):
+        titles = {"deviation": "|J - I|", "deviation_per_d": "|J - I| / d", "off_diagonal": "off-diagonal"}
+        titles.update(diagonal_mean="diagonal mean", diagonal_std="diagonal std", spectral_norm="spectral norm")
+        for key, title in titles.items():
+            values = torch.full((L + 1,), math.nan, dtype=torch.float64)
+            values[r["layers"]] = r[key].cpu()
+            yield "jacobian", title, values, False
+    if r := result.get("attention"):
+        for e, values in zip(ATTENTION_THRESHOLDS, r["causal_sparsity"].mean(2)):
+            yield "attention", f"share < {e:g}", by_layer(values), False
+        yield "attention", "share of T^2", by_layer(r["sparsity"][0].mean(1)), False
+        yield "attention", "entropy", by_layer(r["entropy"].mean(1)), False
+    if r := result.get("experts"):
+        for title, key in (("dead experts", "dead"), ("router entropy", "entropy")):
+            values = torch.full((L + 1,), math.nan, dtype=torch.float64)
+            values[r["layers"]] = r[key].cpu()
+            yield "experts", title, values, False
+
+
+def summary(result):
+    """{name: number or text} of a run as a whole, one line of the comparison."""
+    line = {}
+    if r := result.get("removal"):
+        line.update({"loss": r["loss"], "perplexity": r["perplexity"]})
+    if r := result.get("stream"):
+        over = int(r["over_float16"].sum())
+        line["last variance"], line["largest |x|"] = r["variance"][-1].item(), r["top"][0].item()
+        line["|x| > 65504"] = over
+    if "angular" in result:
+        line["mean angle to next"] = result["angular"][:, 0].mean().item()
+    if r := result.get("gradients"):
+        line["last layer's gradient"] = r["norm"][-1].item()
+    if r := result.get("weights"):
+        for e, share in zip(WEIGHT_THRESHOLDS, r["sparsity_matrices"].tolist()):
+            line[f"matrices |w| < {e:g}"] = share
+    if r := result.get("removal"):
+        line["causal score"], line["causal / sqrt(L)"] = r["causal_score"], r["causal_score_normalized"]
+    if r := result.get("permutation"):
+        line["permutation score"] = r["score"]
+    if r := result.get("usefulness"):
+        line["usefulness score"], line["effective/wasted"] = r["score"], f"{r['effective']}/{r['wasted']}"
+    if r := result.get("jacobian"):
+        line["mean |J - I|"] = r["deviation"].mean().item()
+    if r := result.get("attention"):
+        for e, share in zip(ATTENTION_THRESHOLDS, r["causal_sparsity"].mean((1, 2)).tolist()):
+            line[f"attention < {e:g}"] = share
+        line["attention entropy"] = r["entropy"].mean().item()
+    if r := result.get("experts"):
+        line["dead experts"], line["router entropy"] = r["dead"].mean().item(), r["entropy"].mean().item()
+    if r := result.get("choices"):
+        line["accuracy"] = r["accuracy"]
+    return line
+
+
+def show(value):
+    """A cell of a table: four digits, a dash for what there is not."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def print_table(head, rows):
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+    print()
+
+
+def print_run(result):
+    """A table a group of measures, one row a layer."""
+    groups = {}
+    for group, title, values, _ in columns(result):
+        groups.setdefault(group, []).append((title, values.tolist()))
+    for group, found in groups.items():
+        first = 0 if group == "stream" else 1
+        rows = [[str(l or "embedding"), *(show(v[l]) for _, v in found)] for l in range(first, result["run"]["n_layer"] + 1)]
+        print(f"\n{group}")
+        print_table(["layer", *(title for title, _ in found)], rows)
+
+
+def print_summary(results):
+    """The runs' whole-model numbers, a column a run."""
+    lines = {name: summary(result) for name, result in results.items()}
+    names = list(dict.fromkeys(key for line in lines.values() for key in line))
+    if names:
+        print_table(["", *lines], [[key, *(show(line.get(key, math.nan)) for line in lines.values())] for key in names])
+
+
+def weight_ratios(results):
+    """{run: {"attn", "mlp"}: (L) ratio of its weight norms to the first run's} (GPAS Figure 6), where depths agree."""
+    (first, base), *others = results.items()
+    ratios = {}
+    for name, result in others:
+        if "weights" in result and result["run"]["n_layer"] == base["run"]["n_layer"]:
+            pairs = {part: (result["weights"][f"{part}_norm"], base["weights"][f"{part}_norm"]) for part in ("attn", "mlp")}
+            ratios[name] = {part: (a / b).cpu() for part, (a, b) in pairs.items()}
+    return ratios
+
+
+IMAGES = "maps", "matrices"  # too large for text: they are in the figures
+
+
+def plain(value):
+    """`value` for JSON: tensors as lists, what is not a number (or not finite) as null, IMAGES left out."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k not in IMAGES}
+    if torch.is_tensor(value):
+        return plain(value.tolist())
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def load_pyplot(asked):
+    """matplotlib's pyplot, drawing to files; without matplotlib None, or UserError if figures were asked for."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        return plt
+    except ImportError:
+        if asked:
+            raise UserError("figures need matplotlib: pip install matplotlib") from None
+
+
+class Figures:
+    """Writes figures of results {run name: result} to a folder with `plt` (load_pyplot); `names` lists the files."""
+
+    def __init__(self, results, folder, plt):
+        self.results, self.folder, self.plt, self.names = results, folder, plt, []
+        few = plt.get_cmap("tab10").colors
+        many = plt.get_cmap("viridis")
+        self.colors = {n: few[i] if len(results) <= 10 else many(i / len(results)) for i, n in enumerate(results)}
+
+    def grid(self, n, n_columns=3, width=3.6, height=2.6):
+        """A figure of n axes in rows of n_columns."""
+        n_rows, n_columns = math.ceil(n / n_columns), min(n, n_columns)
+        size = width * n_columns, height * n_rows + 0.5
+        fig, axes = self.plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+        for axis in axes.flat[n:]:
+            axis.remove()
+        return fig, axes.flat[:n]
+
+    def save(self, fig, name, title):
+        fig.suptitle(title, fontsize=10)
+        fig.savefig(self.folder / name, dpi=110)
+        self.plt.close(fig)
+        self.names.append(name)
+
+    def legend(self, fig, axes):
+        """One legend for all axes, below them, where there are several lines."""
+        handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
+        if len(handles) > 1:
+            fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
+
+    def by_layer(self):
+        """For each group of measures a figure of one number a layer, the runs over each other."""
+        groups = {}  # {group: {title: [(run, values, log)]}}
+        for name, result in self.results.items():
+            for group, title, values, log in columns(result):
+                groups.setdefault(group, {}).setdefault(title, []).append((name, values, log))
+        ratios = weight_ratios(self.results)
+        base = next(iter(self.results))
+        for name, parts in ratios.items():
+            for part, title in (("attn", "attention"), ("mlp", "MLP")):
+                values = torch.cat((torch.tensor([math.nan]), parts[part]))
+                groups["parameters"].setdefault(f"{title} weights / {base}'s", []).append((name, values, False))
+        units = {"stream": "layer (0: embedding)", "jacobian": "layer"}
+        for group, panels in groups.items():
+            fig, axes = self.grid(len(panels))
+            for axis, (title, lines) in zip(axes, panels.items()):
+                for name, values, log in lines:
+                    where = values.isfinite().nonzero().flatten()
+                    axis.plot(where, values[where], ".-", ms=4, lw=1.2, color=self.colors[name], label=name)
+                    if log and (values[where] > 0).all():
+                        axis.set_yscale("log")
+                if title == "largest |x|":
+                    axis.axhline(FLOAT16_MAX, color="black", lw=0.8, ls="--", label="float16's largest, 65504")
+                if title == "affine loss ratio":
+                    axis.axhline(1.1, color="black", lw=0.8, ls="--", label="useful above 1.1")
+                axis.set_title(UNITS.get(title, title), fontsize=9)
+                axis.set_xlabel(units.get(group, "layer"), fontsize=8)
+                axis.xaxis.get_major_locator().set_params(integer=True)
+                axis.tick_params(labelsize=7)
+                axis.grid(alpha=0.3)
+            self.legend(fig, axes)
+            self.save(fig, f"{group}.png", FIGURE_TITLES[group])
+
+    def image(self, fig, axis, matrix, title, xlabel, ylabel, first=1, **options):
+        """A heat map of (rows, columns), the axes numbered from `first`."""
+        n, m = matrix.shape
+        extent = (first - 0.5, first + m - 0.5, first + n - 0.5, first - 0.5)
+        drawn = axis.imshow(matrix.cpu(), extent=extent, aspect="auto", interpolation="nearest", **options)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel(xlabel, fontsize=8)
+        axis.set_ylabel(ylabel, fontsize=8)
+        axis.tick_params(labelsize=7)
+        for side in (axis.xaxis, axis.yaxis):
+            side.get_major_locator().set_params(integer=True)
+        return drawn
+
+    def matrices(self):
+        """The layer by layer matrices, a map a run on one scale."""
+        for file, title, xlabel, ylabel, get in (
+            ("angular", "angular distance d(l, n), in units of pi", "layer l", "n layers on", lambda r: r["angular"].mT),
+            ("causal", "causal effect C(s, l), relative change of an update", "later layer l", "skipped layer s", lambda r: r["removal"]["causal"]),
+            ("permutation", "permutation score, |change of the loss| / loss", "layer", "layer", lambda r: r["permutation"]["matrix"]),
+            ("expert_load", "share of the router's choices", "expert", "layer with experts", lambda r: r["experts"]["load"]),
+        ):  # fmt: skip
+            key = {"causal": "removal", "expert_load": "experts"}.get(file, file)
+            found = {name: get(result) for name, result in self.results.items() if key in result}
+            if not found:
+                continue
+            highest = max(m[m.isfinite()].max().item() if m.isfinite().any() else 1.0 for m in found.values())
+            fig, axes = self.grid(len(found), height=3.1)
+            for axis, (name, matrix) in zip(axes, found.items()):
+                drawn = self.image(fig, axis, matrix, name, xlabel, ylabel, vmin=0, vmax=highest)
+            fig.colorbar(drawn, ax=list(axes), fraction=0.05)
+            self.save(fig, f"{file}.png", title)
+
+    def jacobians(self):
+        """|J|^0.3 of up to four layers a run (Sparsity Figure 12)."""
+        found = {name: result["jacobian"] for name, result in self.results.items() if "jacobian" in result}
+        if not found:
+            return
+        shown = {name: spread(len(r["layers"]), 4) for name, r in found.items()}
+        n_columns = max(map(len, shown.values()))
+        fig, axes = self.plt.subplots(
+            len(found), n_columns, figsize=(2.9 * n_columns, 2.8 * len(found) + 0.5), squeeze=False, layout="constrained"
+        )
+        for row, (name, r) in zip(axes, found.items()):
+            for axis in row[len(shown[name]) :]:
+                axis.remove()
+            for axis, i in zip(row, shown[name]):
+                title = f"{name}, layer {int(r['layers'][i])}"
+                drawn = self.image(
+                    fig, axis, r["matrices"][i].abs() ** 0.3, title, "input dimension", "output dimension", vmin=0, vmax=1
+                )
+        fig.colorbar(drawn, ax=axes.ravel().tolist(), fraction=0.03, extend="max")
+        self.save(fig, "jacobian_maps.png", "Jacobian, |J|^0.3")
+
+    def attention_maps(self):
+        """A^0.2 of up to four layers by up to four heads, a file a run (Sparsity Figure 6)."""
+        for name, result in self.results.items():
+            if "attention" not in result:
+                continue
+            maps = result["attention"]["maps"]
+            layers, heads = spread(maps.shape[0], 4), spread(maps.shape[1], 4)
+            fig, axes = self.grid(len(layers) * len(heads), len(heads), 2.4, 2.3)
+            for axis, (l, h) in zip(axes, ((l, h) for l in layers for h in heads)):
+                title = f"layer {l + 1}, head {h + 1}"
+                drawn = self.image(fig, axis, maps[l, h] ** 0.2, title, "key position", "query position", vmin=0, vmax=1)
+            fig.colorbar(drawn, ax=list(axes), fraction=0.03)
+            file = "attention_maps.png" if len(self.results) == 1 else f"attention_maps_{name.replace('/', '_')}.png"
+            self.save(fig, file, f"{name}: attention, mean A^0.2 over sequences")
+
+    def dynamics(self):
+        """Loss, variance, gates and gradient norms over training, from the logs: a line a run, and for a single run a
+        line a layer."""
+        logs = {name: read_log(result["run"]["out_dir"]) for name, result in self.results.items()}
+        single = len(logs) == 1
+        panels = [("loss", "training loss, nats"), ("val_loss", "held-out loss, nats"), ("grad_norm", "gradient norm")]
+        layered = [("variance", "variance"), ("grad_norms", "gradient norm"), ("gates", "gate a")]
+        panels += [(key, f"{title} of each layer" if single else f"{title}, {'mean' if key == 'gates' else 'last layer'}") for key, title in layered]
+        panels = [(k, t) for k, t in panels if any(k in r for log in logs.values() for r in log)]
+        if not panels:
+            return
+        fig, axes = self.grid(len(panels))
+        for axis, (key, title) in zip(axes, panels):
+            for name, log in logs.items():
+                steps = [r["step"] for r in log if key in r]
+                values = torch.tensor([r[key] for r in log if key in r], dtype=torch.float64)
+                if not steps:
+                    continue
+                if values.dim() == 3:  # a gate for each sub-layer
+                    values = values.mean(2)
+                if values.dim() == 2 and single:
+                    depth = self.plt.get_cmap("viridis")
+                    for l, line in enumerate(values.T):
+                        axis.plot(steps, line, color=depth(l / max(1, values.shape[1] - 1)), lw=1)
+                else:
+                    line = values if values.dim() == 1 else values.mean(1) if key == "gates" else values[:, -1]
+                    axis.plot(steps, line, color=self.colors[name], lw=1.2, label=name)
+                if key in ("variance", "grad_norms", "grad_norm"):
+                    axis.set_yscale("log")
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel("step", fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+        if single:
+            L = next(iter(self.results.values()))["run"]["n_layer"]
+            scale = self.plt.cm.ScalarMappable(self.plt.Normalize(1, L), "viridis")
+            bar = fig.colorbar(scale, ax=list(axes), fraction=0.03)
+            bar.set_label("layer", fontsize=8)
+            bar.ax.yaxis.get_major_locator().set_params(integer=True)
+        else:
+            self.legend(fig, axes)
+        self.save(fig, "dynamics.png", "training")
+
+
+FIGURE_TITLES = {
+    "stream": "residual stream and branches, held-out text",
+    "parameters": "gradients and weights",
+    "importance": "what each layer is worth",
+    "jacobian": "each layer's Jacobian J, token average",
+    "attention": "attention weights, mean over heads",
+    "experts": "experts",
+}
+# Titles of figures that say more than a column's head has room for.
+UNITS = {
+    "kurtosis": "kurtosis (3: Gaussian)",
+    "loss drop": "loss without the layer - loss, nats",
+    "perplexity drop": "perplexity without the layer - perplexity",
+    "causal effect": "mean causal effect on later layers",
+    "mean swap": "mean |loss change| / loss of its swaps",
+    "affine loss ratio": "loss with an affine map instead / loss",
+    "angle to next": "angular distance to the next state / pi",
+    "accuracy drop": "accuracy - accuracy without the layer",
+    "share of T^2": "share < 0.001 of all T^2 entries",
+    "share < 0.001": "share < 0.001 of the causal entries",
+    "share < 0.0001": "share < 0.0001 of the causal entries",
+    "share < 1e-06": "share < 1e-06 of the causal entries",
+    "entropy": "entropy, nats",
+    "router entropy": "router entropy, nats",
+}
+
+
+def spread(n, most):
+    """At most `most` indices of range(n), evenly spaced, the first and the last included."""
+    return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def main():
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    settings = configure(Settings, "Measures what the layers of trained models do, on held-out text.", positional="out_dirs")
+    # what can go wrong goes wrong before the long part
+    plt = load_pyplot(settings.figures) if settings.figures is not False else None
+    try:
+        device = torch.device(settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=device, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if settings.choices:
+        read_questions(settings.choices)
+    for out_dir in settings.out_dirs:
+        find_data(settings, load_run(out_dir)[1])
+    is_single = len(settings.out_dirs) == 1
+    folder = Path(settings.analysis_dir or (settings.out_dirs[0] if is_single else "analysis"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    names = [Path(out_dir).name for out_dir in settings.out_dirs]
+    names = settings.out_dirs if len(set(names)) < len(names) else names
+    results = {}
+    for name, out_dir in zip(names, settings.out_dirs):
+        results[name] = analyze_run(out_dir, settings, device)
+        print_run(results[name])
+    print_summary(results)
+    content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": weight_ratios(results)}
+    (folder / "analysis.json").write_text(json.dumps(plain(content)) + "\n")
+    print(f"wrote {folder}/analysis.json")
+    if plt:
+        figures = Figures(results, folder, plt)
+        for draw in (figures.by_layer, figures.matrices, figures.jacobians, figures.attention_maps, figures.dynamics):
+            draw()
+        print(f"and {', '.join(figures.names)}")
+    elif settings.figures is None:
+        print("no figures: they need matplotlib (pip install matplotlib)")
+
+
+if __name__ == "__main__":
+    run(main)
