@@ -1086,6 +1086,12 @@ class Figures:
         self.plt.close(fig)
         self.names.append(name)
 
+    def label(self, axis, xlabel, ylabel):
+        axis.set_xlabel(xlabel, fontsize=8)
+        axis.set_ylabel(ylabel, fontsize=8)
+        axis.tick_params(which="both", labelsize=7)
+        axis.grid(alpha=0.3)
+
     def legend(self, fig, axes):
         """One legend for all axes, below them, where there are several lines."""
         handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
@@ -1104,24 +1110,20 @@ class Figures:
             for part, title in (("attn", "attention"), ("mlp", "MLP")):
                 values = torch.cat((torch.tensor([math.nan]), parts[part]))
                 groups["parameters"].setdefault(f"{title} weights / {base}'s", []).append((name, values, False))
-        units = {"stream": "layer (0: embedding)", "jacobian": "layer"}
         for group, panels in groups.items():
             fig, axes = self.grid(len(panels))
             for axis, (title, lines) in zip(axes, panels.items()):
                 for name, values, log in lines:
                     where = values.isfinite().nonzero().flatten()
                     axis.plot(where, values[where], ".-", ms=4, lw=1.2, color=self.colors[name], label=name)
-                    if log and (values[where] > 0).all():
+                    if log and (values[where] > 0).all() and values[where].max() > 10 * values[where].min():
                         axis.set_yscale("log")
                 if title == "largest |x|":
                     axis.axhline(FLOAT16_MAX, color="black", lw=0.8, ls="--", label="float16's largest, 65504")
                 if title == "affine loss ratio":
                     axis.axhline(1.1, color="black", lw=0.8, ls="--", label="useful above 1.1")
-                axis.set_title(UNITS.get(title, title), fontsize=9)
-                axis.set_xlabel(units.get(group, "layer"), fontsize=8)
+                self.label(axis, "layer (0: embedding)" if group == "stream" else "layer", UNITS.get(title, title))
                 axis.xaxis.get_major_locator().set_params(integer=True)
-                axis.tick_params(labelsize=7)
-                axis.grid(alpha=0.3)
             self.legend(fig, axes)
             self.save(fig, f"{group}.png", FIGURE_TITLES[group])
 
@@ -1131,9 +1133,8 @@ class Figures:
         extent = (first - 0.5, first + m - 0.5, first + n - 0.5, first - 0.5)
         drawn = axis.imshow(matrix.cpu(), extent=extent, aspect="auto", interpolation="nearest", **options)
         axis.set_title(title, fontsize=8)
-        axis.set_xlabel(xlabel, fontsize=8)
-        axis.set_ylabel(ylabel, fontsize=8)
-        axis.tick_params(labelsize=7)
+        self.label(axis, xlabel, ylabel)
+        axis.grid(False)
         for side in (axis.xaxis, axis.yaxis):
             side.get_major_locator().set_params(integer=True)
         return drawn
@@ -1191,7 +1192,7 @@ class Figures:
                 drawn = self.image(fig, axis, maps[l, h] ** 0.2, title, "key position", "query position", vmin=0, vmax=1)
             fig.colorbar(drawn, ax=list(axes), fraction=0.03)
             file = "attention_maps.png" if len(self.results) == 1 else f"attention_maps_{name.replace('/', '_')}.png"
-            self.save(fig, file, f"{name}: attention, mean A^0.2 over sequences")
+            self.save(fig, file, f"{name}: attention weights A, (mean over sequences)^0.2")
 
     def dynamics(self):
         """Loss, variance, gates and gradient norms over training, from the logs: a line a run, and for a single run a
@@ -1222,10 +1223,7 @@ class Figures:
                     axis.plot(steps, line, color=self.colors[name], lw=1.2, label=name)
                 if key in ("variance", "grad_norms", "grad_norm"):
                     axis.set_yscale("log")
-            axis.set_title(title, fontsize=9)
-            axis.set_xlabel("step", fontsize=8)
-            axis.tick_params(labelsize=7)
-            axis.grid(alpha=0.3)
+            self.label(axis, "step", title)
         if single:
             L = next(iter(self.results.values()))["run"]["n_layer"]
             scale = self.plt.cm.ScalarMappable(self.plt.Normalize(1, L), "viridis")
@@ -1245,7 +1243,7 @@ FIGURE_TITLES = {
     "attention": "attention weights, mean over heads",
     "experts": "experts",
 }
-# Titles of figures that say more than a column's head has room for.
+# Labels of axes that say more than a column's head has room for.
 UNITS = {
     "kurtosis": "kurtosis (3: Gaussian)",
     "loss drop": "loss without the layer - loss, nats",

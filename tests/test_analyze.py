@@ -1,18 +1,19 @@
 """analyze.py: every measure against a brute-force reference and on models whose answer is known, and the program."""
 
+import dataclasses
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT
 from test_model import randomized, small
-from test_train import SHORT, SMALL, call
 
 import analyze
+import configurator
 import prepare_data
 from configurator import UserError
 from model import GPT, GPTConfig, gate_scale
@@ -297,11 +298,8 @@ def test_attention(model):
 @needs_experts
 def test_experts():
     model = build("pre", n_expert=8, n_expert_active=2)
+    assert (analyze.experts(model, text(model, n=1, B=1, T=1))["dead"] == 6 / 8).all()  # one token has two experts
     batches = text(model)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.mlp.router.weight[5] = 0.0  # chosen only where nearly all others are negative
-            block.mlp.router.weight[6] = block.mlp.router.weight[7]
     found = analyze.experts(model, batches)
     assert found["layers"].tolist() == [1, 2, 3, 4]
     for l, block in enumerate(model.blocks):
@@ -527,3 +525,127 @@ def test_the_model_is_left_as_it_was():
     assert all(p.requires_grad and p.grad is None for n, p in model.named_parameters() if n != "blocks.0.gate")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all((before[n] == p).all() for n, p in model.state_dict().items())
+
+
+# -- the program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a data set d, the runs out-pre and out-gpas_pre of 3 layers, and questions.jsonl."""
+    folder = tmp_path_factory.mktemp("analyze")
+    (folder / "text.txt").write_text("".join(f"{i * i % 7} norms and {i % 3} more\n" for i in range(9000)))
+    data_dir = str(folder / "data")
+    prepare_data.prepare(prepare_data.Settings(dataset="d", input=[str(folder / "text.txt")], data_dir=data_dir))
+    for norm in ("pre", "gpas_pre"):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(block_size=32, n_layer=3, n_embd=16, n_head=2, norm=norm))
+        out = folder / f"out-{norm}"
+        out.mkdir()
+        state = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "tokenizer": {"name": "byte"}}
+        torch.save({**state, "optimizer": {}, "step": 7, "settings": {"dataset": "d", "data_dir": data_dir}}, out / "ckpt.pt")
+        lines = [{"step": s, "loss": 5.0 - s / 10, "val_loss": 5.1, "grad_norm": 1.0} for s in (0, 5)]
+        for line in lines:
+            line.update(variance=[1.0, 2.0, 3.0], grad_norms=[0.1, 0.2, 0.1], **({"gates": [0.0, 0.1, 0.2]} if "gpas" in norm else {}))
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo')
+    questions = [{"prompt": f"{i} norms and", "choices": ["2 more", "xyz"], "answer": i % 2} for i in range(6)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    return folder
+
+
+@pytest.fixture
+def program(folder, monkeypatch, capsys):
+    """A function that runs analyze.py with arguments in the folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(folder)
+
+    def program(*args):
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *args])
+        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+        code = 0
+        try:
+            configurator.run(analyze.main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return program
+
+
+def test_program(program, folder):
+    code, out, err = program("out-gpas_pre", "--tokens=500", "--jacobian_tokens=60", "--figures=false", "--choices=questions.jsonl")
+    assert code == 0, err
+    found = json.loads((folder / "out-gpas_pre" / "analysis.json").read_text())
+    known = set(analyze.METRICS) - {"experts"}
+    assert set(found) == known | {"run"} and found["run"]["tokens"] == 512 and found["run"]["step"] == 7
+    assert len(found["stream"]["variance"]) == 4 and len(found["stream"]["kurtosis_per_dim"][0]) == 16
+    assert found["removal"]["causal"][2] == [None] * 3 and found["jacobian"]["tokens"] == 64
+    assert len(found["choices"]["score_drop"]) == 3 and "matrices" not in found["jacobian"] and "maps" not in found["attention"]
+    for word in ("variance", "gate a", "loss drop", "causal score", "effective/wasted", "accuracy", "spectral norm", "512 held-out"):
+        assert word in out, word
+    assert "removal, permutation, usefulness: 1 of 2" in err and "s left" in err
+    # the numbers are those of the functions on the same text
+    model, _ = analyze.load_run(folder / "out-gpas_pre")
+    batches = analyze.load_batches(folder / "data" / "d", model.config, 500, 8)
+    assert sum(idx.numel() for idx, _ in batches) == 512 and (batches[0][0][:, 1:] == batches[0][1][:, :-1]).all()
+    close(found["removal"]["loss_drop"], analyze.removal(model, batches)["loss_drop"], rtol=1e-5)
+    close(found["usefulness"]["ratio"], analyze.usefulness(model, batches)["ratio"], rtol=1e-5)
+    close(found["gradients"]["norm"], analyze.gradients(model, batches)["norm"], rtol=1e-5)
+
+
+def test_several_runs(program, folder):
+    code, out, err = program("out-pre", "out-gpas_pre", "--tokens=256", "--metrics=weights,stream,removal", "--figures=false")
+    assert code == 0, err
+    found = json.loads((folder / "analysis" / "analysis.json").read_text())
+    assert list(found["runs"]) == ["out-pre", "out-gpas_pre"] and set(found["runs"]["out-pre"]) == {"run", "weights", "stream", "removal"}
+    assert found["weight_norm_ratio"] == {"out-gpas_pre": {"attn": [1.0] * 3, "mlp": [1.0] * 3}}
+    table = [line.split() for line in out.splitlines()[-16:]]
+    assert ["out-pre", "out-gpas_pre"] in table and any(row[:1] == ["loss"] and len(row) == 3 for row in table)
+    assert "jacobian" not in out
+
+
+def test_figures(program, folder):
+    pytest.importorskip("matplotlib")
+    code, out, err = program("out-pre", "out-gpas_pre", "--tokens=128", "--jacobian_tokens=32", "--analysis_dir=both", "--figures")
+    assert code == 0, err
+    names = "stream parameters importance jacobian attention angular causal permutation jacobian_maps dynamics"
+    expected = {f"{name}.png" for name in names.split()} | {"attention_maps_out-pre.png", "attention_maps_out-gpas_pre.png"}
+    written = {path.name for path in (folder / "both").glob("*.png")}
+    assert written == expected and all((folder / "both" / name).stat().st_size > 5000 for name in written)
+
+
+def test_figures_without_matplotlib(program, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = program("out-pre", "--figures")
+    assert (code, err) == (2, "error: figures need matplotlib: pip install matplotlib\n")
+    code, out, err = program("out-pre", "--metrics=weights")
+    assert code == 0 and "no figures" in out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "which run?"),
+        (["out-none"], "no checkpoint out-none/ckpt.pt"),
+        (["out-pre", "out-pre"], "given twice"),
+        (["out-pre", "--metrics=streem"], "unknown metrics 'streem'; known: all, stream"),
+        (["out-pre", "--metrics=choices"], "--choices=FILE.jsonl"),
+        (["out-pre", "--metrics=experts"], "out-pre has no experts"),
+        (["out-pre", "--metrics=stream", "--choices=questions.jsonl"], "no effect"),
+        (["out-pre", "--choices=none.jsonl"], "choices none.jsonl: No such file"),
+        (["out-pre", "--choices=bad.jsonl"], "bad.jsonl:2 is not a question"),
+        (["out-pre", "--layers=4"], "layers 1 to 3"),
+        (["out-pre", "--layers=0"], "numbers from 1"),
+        (["out-pre", "--tokens=0"], "tokens is 0"),
+        (["out-pre", "--dataset=e"], "no held-out text of data set 'e'"),
+        (["out-pre", "--device=gpu"], "device 'gpu' cannot be used"),
+        (["out-pre", "--block_size=100000"], "block_size 100000 is longer"),
+        (["broken"], "checkpoint broken/ckpt.pt cannot be read"),
+    ],
+)
+def test_mistakes(program, folder, args, message):
+    (folder / "broken").mkdir(exist_ok=True)
+    (folder / "broken" / "ckpt.pt").write_bytes((folder / "out-pre" / "ckpt.pt").read_bytes()[:3000])
+    good = json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": "c"})
+    (folder / "bad.jsonl").write_text(good + "\n" + good.replace('"answer": "c"', '"answer": 2') + "\n")
+    code, _, err = program(*args)
+    assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
