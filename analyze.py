@@ -1113,13 +1113,14 @@ class Figures:
         for group, panels in groups.items():
             fig, axes = self.grid(len(panels))
             for axis, (title, lines) in zip(axes, panels.items()):
-                for name, values, log in lines:
+                for name, values, _ in lines:
                     where = values.isfinite().nonzero().flatten()
                     axis.plot(where, values[where], ".-", ms=4, lw=1.2, color=self.colors[name], label=name)
-                    if log and (values[where] > 0).all() and values[where].max() > 10 * values[where].min():
-                        axis.set_yscale("log")
                 if title == "largest |x|":
                     axis.axhline(FLOAT16_MAX, color="black", lw=0.8, ls="--", label="float16's largest, 65504")
+                low, high = axis.dataLim.intervaly
+                if lines[0][2] and low > 0 and high > 10 * low:
+                    axis.set_yscale("log")
                 if title == "affine loss ratio":
                     axis.axhline(1.1, color="black", lw=0.8, ls="--", label="useful above 1.1")
                 self.label(axis, "layer (0: embedding)" if group == "stream" else "layer", UNITS.get(title, title))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -47,21 +46,18 @@ def straightforward(model, batches):
     blocks, L = list(model.blocks), len(model.blocks)
 
     def loss_and_states(order):
-        model.blocks, total, states = nn.ModuleList(order), 0.0, []
-        hooks = [b.register_forward_hook(lambda _, args, out: states.append((args[0], out))) for b in order]
+        total, states = 0.0, []
         for idx, targets in batches:
-            total += model(idx, targets)[1].item()
-        for hook in hooks:
-            hook.remove()
-        model.blocks = nn.ModuleList(blocks)
+            x = model.embed_norm(model.embed_tokens(idx))
+            for block in order:
+                y = block(x)
+                states.append((x, y))
+                x = y
+            total += F.cross_entropy(model.lm_head(model.norm(x)).flatten(0, 1), targets.flatten()).item()
         return total / len(batches), states
 
     def loss(order):
-        model.blocks, total = nn.ModuleList(order), 0.0
-        for idx, targets in batches:
-            total += model(idx, targets)[1].item()
-        model.blocks = nn.ModuleList(blocks)
-        return total / len(batches)
+        return loss_and_states(order)[0]
 
     base, states = loss_and_states(blocks)
     maps = []
@@ -71,7 +67,7 @@ def straightforward(model, batches):
         maps.append(torch.linalg.lstsq(x, y).solution.float())
     removed = [loss(blocks[:l] + blocks[l + 1 :]) for l in range(L)]
     for s in range(L):
-        skipped = loss_and_states([nn.Identity() if l == s else b for l, b in enumerate(blocks)])[1]
+        skipped = loss_and_states([(lambda x: x) if l == s else b for l, b in enumerate(blocks)])[1]
         for l in range(s + 1, L):
             for (x, y), (x2, y2) in zip(states[l::L], skipped[l::L]):
                 ((y - x) - (y2 - x2)).norm(dim=-1).mean() / (y - x).norm(dim=-1).mean()
@@ -82,15 +78,10 @@ def straightforward(model, batches):
             order[i], order[j] = order[j], order[i]
             swapped.append(abs(loss(order) - base) / base)
 
-    class Map(nn.Module):
-        def __init__(self, m):
-            super().__init__()
-            self.weight, self.bias = m[:-1].T, m[-1]
+    def affine(m):
+        return lambda x: F.linear(x, m[:-1].T, m[-1])
 
-        def forward(self, x):
-            return F.linear(x, self.weight, self.bias)
-
-    replaced = [loss([Map(maps[l]) if i == l else b for i, b in enumerate(blocks)]) / base for l in range(L)]
+    replaced = [loss([affine(maps[l]) if i == l else b for i, b in enumerate(blocks)]) / base for l in range(L)]
     return removed, swapped, replaced
 
 

@@ -59,14 +59,12 @@ def all_states(model, batches, blocks=None):
 
 @torch.no_grad()
 def full_loss(model, batches, blocks):
-    """Mean over all tokens of the loss of a model with these blocks, by its own forward pass."""
-    kept, model.blocks = model.blocks, nn.ModuleList(blocks)
-    model.eval()
+    """Mean over all targets of the loss of a model with these blocks, by whole forward passes."""
     total = n = 0
     for idx, targets in batches:
-        count = (targets != -100).sum().item()
-        total, n = total + model(idx, targets)[1].item() * count, n + count
-    model.blocks = kept
+        logits = model.lm_head(model.norm(run_blocks(model, idx, blocks)[-1]))
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        n += (targets != -100).sum().item()
     return total / n
 
 
@@ -205,6 +203,7 @@ def test_removal_and_causal_scores(model):
     loss = full_loss(model, batches, model.blocks)
     close(found["loss"], loss)
     close(found["perplexity"], math.exp(loss))
+    close(analyze.removal(model, batches[1:2])["loss"], model.eval()(*batches[1])[1])
     effects = []
     for s in range(L):
         removed = full_loss(model, batches, [b for l, b in enumerate(model.blocks) if l != s])
