@@ -5,7 +5,7 @@
     python analyze.py out-pre --choices=questions.jsonl        accuracy, and what each layer's removal costs of it
     python analyze.py --help                                   every setting
 
-prints tables and writes analysis.json and, with matplotlib, figures. Each measure is a function that a notebook can call:
+prints tables and writes analysis.json and, with matplotlib, figures. Each measure is a function for a notebook too:
 
     import analyze
     model, _ = analyze.load_run("out-pre")
@@ -56,7 +56,7 @@ METRICS = {
 @dataclass
 class Settings:
     out_dirs: list[str] = field(default_factory=list)  # folders of runs, also without --out_dirs
-    metrics: str = "all"  # measures, with commas between; all, or from: METRIC_NAMES
+    metrics: str = "all"  # all, or some with commas between, by their names in METRICS: stream, jacobian ...
     analysis_dir: str | None = None  # where analysis.json and figures go; none: the run's folder, analysis for several
     figures: bool | None = None  # draw them; none: where matplotlib is installed
     # what is measured
@@ -451,8 +451,8 @@ WEIGHT_THRESHOLDS = 1e-1, 1e-2, 1e-4
 def weights(model, batches=None):
     """What the parameters say by themselves, a dict (no text is needed):
 
-    attn_norm, mlp_norm          (L)     Frobenius norm of all matrices of the attention, of the MLP (GPAS Figure 6 shows
-                                         the ratio of two runs' norms)
+    attn_norm, mlp_norm          (L)     Frobenius norm of all matrices of the attention, of the MLP (GPAS Figure 6
+                                         shows the ratio of two runs' norms)
     gates, gate_scale            (L, 1)  gates a_l and 1 - act(a_l) (GPAS Figure 3); (L, 2) with one a sub-layer; absent
                                          without gates
     attn_out_gain, mlp_out_gain  (L)     mean gain of the norm B (Peri-LN Figure 9b); nan in layers without
@@ -485,16 +485,16 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
     """Jacobians of whole blocks y = block(x), a dict, with M = len(layers) (a list of numbers l, all by default):
 
     layers          (M)
-    matrices        (M, d, d)  J = 1/N sum_t sum_t' dy_t' / dx_t over the N tokens, t and t' of one sequence: the mean over
-                               input tokens, cross-token terms included (Sparsity's published code). With own_token only
-                               t' = t: the mean of dy_t / dx_t
+    matrices        (M, d, d)  J = 1/N sum_t sum_t' dy_t' / dx_t over the N tokens, t and t' of one sequence: the mean
+                               over input tokens, cross-token terms included (Sparsity's published code). With own_token
+                               only t' = t: the mean of dy_t / dx_t
     deviation       (M)        |J - I|_F (Sparsity Figure 2b), and deviation_per_d, divided by d
     off_diagonal    (M)        Frobenius norm without the diagonal, and off_diagonal_rms, divided by sqrt(d^2 - d)
     diagonal_mean, diagonal_std (M)   over the d diagonal elements, std with 1/d
     spectral_norm   (M)        largest singular value
 
-    By reverse mode, `rows` rows of J at a time: J is what backpropagation sees. GPAS stops a gradient, so that J then is
-    not the derivative of the forward function: on the stream its gate does not scale J.
+    By reverse mode, `rows` rows of J at a time: J is what backpropagation sees. GPAS stops a gradient, so that J then
+    is not the derivative of the forward function: on the stream its gate does not scale J.
     """
     d, layers = model.config.n_embd, list(layers or range(1, len(model.blocks) + 1))
     if not set(layers) <= set(range(1, len(model.blocks) + 1)):
@@ -567,10 +567,10 @@ def removal(model):
     """Loss without each layer, and what skipping layer s changes in the later ones, a dict:
 
     loss, perplexity  floats  of the unchanged model
-    loss_drop         (L)     loss(without l) - loss: positive when the layer matters (LNS section 3, "performance drop")
+    loss_drop         (L)     loss(without l) - loss: positive when the layer matters (LNS, performance drop)
     perplexity_drop   (L)     the same of exp(loss)
     causal            (L, L)  C(s, l) at [s - 1, l - 1] for l > s, nan elsewhere (Sparsity Eq. 5):
-                              |(x_{l+1} - x_l) - (x'_{l+1} - x'_l)| / |x_{l+1} - x_l|, x' the states when s is skipped, as
+                              |(x_{l+1} - x_l) - (x'_{l+1} - x'_l)| / |x_{l+1} - x_l|, x' the states when s is skipped,
                               a ratio of token means of per-token norms; 0 where the upper one is 0
     causal_score      float   1/L sum_s mean_{l>s} C(s, l), the last s counting 0
     causal_score_normalized   the same times 1/sqrt(L) (Sparsity Eq. 6; its published values look un-normalized)
@@ -635,7 +635,7 @@ def usefulness(model, batches, threshold=1.1):
     score       float  effective / L
 
     Two passes over `batches` (a list): one fits, one measures. Sparsity's published script installs the fitted matrix
-    transposed in nn.Linear, which makes every layer look useful. Warns with fewer than 4 d tokens, UserError under d + 1.
+    transposed in nn.Linear, which makes every layer look useful. Warns under 4 d tokens, UserError under d + 1.
     """
     maps = affine_maps(model, batches)
     return replacement(model, batches, maps=maps, threshold=threshold)
@@ -710,7 +710,8 @@ def multiple_choice(model, questions, encoding, batch_size=16):
             before = prepare_data.encode(encoding, q["prompt"]).tolist()
             after = prepare_data.encode(encoding, q["prompt"] + " " + choice).tolist()[len(before) :]
             if len(after) > block_size:
-                raise UserError(f"choice {choice[:40]!r} has {len(after)} tokens, more than the block size {block_size}")
+                text = f"choice {choice[:40]!r} has {len(after)} tokens"
+                raise UserError(f"{text}, more than the block size {block_size}")
             ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
             targets = ids[1:].clone()
             targets[: -len(after)] = -100
@@ -759,12 +760,13 @@ def load_run(out_dir, device="cpu"):
 
 
 def find_data(settings, checkpoint):
-    """Folder of the data set that the settings or the run name; UserError if it is not there or of another tokenizer."""
+    """Folder of the data set that the settings or the run name; UserError if it is missing or of another tokenizer."""
     of_run = checkpoint["settings"]
     dataset, data_dir = settings.dataset or of_run["dataset"], settings.data_dir or of_run["data_dir"]
     folders = [f for f in (Path(data_dir) / dataset, Path(dataset)) if prepare_data.shard_paths(f, "val")]
     if not folders:
-        raise UserError(f"no held-out text of data set {dataset!r} in {data_dir}/; --data_dir= and --dataset= say where it is")
+        where = "--data_dir= and --dataset= say where it is"
+        raise UserError(f"no held-out text of data set {dataset!r} in {data_dir}/; {where}")
     tokenizer = prepare_data.read_meta(folders[0]).get("tokenizer")
     if tokenizer and checkpoint["tokenizer"] and tokenizer != checkpoint["tokenizer"]:
         raise UserError(
@@ -799,13 +801,14 @@ def read_questions(path):
             q = json.loads(line)
             prompt, choices, answer = q["prompt"], q["choices"], q["answer"]
             is_index = type(answer) is int and 0 <= answer < len(choices)
-            good = type(choices) is list and all(type(c) is str for c in [prompt, *choices]) and (is_index or answer in choices)
+            good = type(choices) is list and all(type(text) is str for text in [prompt, *choices])
+            good = good and (is_index or answer in choices)
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
             raise UserError(
-                f"{path}:{number} is not a question: an object with prompt, choices (strings) and answer (an index from 0 "
-                "or one of the choices)"
+                f"{path}:{number} is not a question: an object with prompt, choices (strings) and answer "
+                "(an index from 0, or one of the choices)"
             )
         questions.append(q)
     if not questions:
@@ -863,7 +866,7 @@ def analyze_run(out_dir, settings, device):
     result = {"run": {"out_dir": str(out_dir), "norm": config.norm, "n_layer": config.n_layer, "n_embd": config.n_embd}}
     result["run"].update(step=checkpoint["step"], data=str(folder), tokens=n_tokens)
 
-    # first what the unchanged model shows, then what changed ones do: the affine maps need all text before they are used
+    # first what the unchanged model shows, then what changed ones do: the affine maps are fitted to all text before
     first = {"stream": stream, "angular": angular_distance, "attention": attention}
     started = {metric: f.start(model) for metric, f in first.items() if wants(metric)}
     if wants("experts") and has_experts:
@@ -872,7 +875,8 @@ def analyze_run(out_dir, settings, device):
         started["maps"] = affine_maps.start(model)
     if started:
         result.update(one_pass(model, progress(text, f"{name}: {', '.join(started)}"), started))
-    started = {metric: f.start(model) for metric, f in {"removal": removal, "permutation": permutation}.items() if wants(metric)}
+    second = {"removal": removal, "permutation": permutation}
+    started = {metric: f.start(model) for metric, f in second.items() if wants(metric)}
     if wants("usefulness"):
         started["usefulness"] = replacement.start(model, maps=result.pop("maps"))
     if started:
@@ -956,9 +960,8 @@ def summary(result):
     if r := result.get("removal"):
         line.update({"loss": r["loss"], "perplexity": r["perplexity"]})
     if r := result.get("stream"):
-        over = int(r["over_float16"].sum())
         line["last variance"], line["largest |x|"] = r["variance"][-1].item(), r["top"][0].item()
-        line["|x| > 65504"] = over
+        line["|x| > 65504"] = int(r["over_float16"].sum())
     if "angular" in result:
         line["mean angle to next"] = result["angular"][:, 0].mean().item()
     if r := result.get("gradients"):
@@ -1005,8 +1008,8 @@ def print_run(result):
     for group, title, values, _ in columns(result):
         groups.setdefault(group, []).append((title, values.tolist()))
     for group, found in groups.items():
-        first = 0 if group == "stream" else 1
-        rows = [[str(l or "embedding"), *(show(v[l]) for _, v in found)] for l in range(first, result["run"]["n_layer"] + 1)]
+        layers = range(0 if group == "stream" else 1, result["run"]["n_layer"] + 1)
+        rows = [[str(l or "embedding"), *(show(values[l]) for _, values in found)] for l in layers]
         print(f"\n{group}")
         print_table(["layer", *(title for title, _ in found)], rows)
 
@@ -1025,8 +1028,8 @@ def weight_ratios(results):
     ratios = {}
     for name, result in others:
         if "weights" in result and result["run"]["n_layer"] == base["run"]["n_layer"]:
-            pairs = {part: (result["weights"][f"{part}_norm"], base["weights"][f"{part}_norm"]) for part in ("attn", "mlp")}
-            ratios[name] = {part: (a / b).cpu() for part, (a, b) in pairs.items()}
+            keys = {"attn": "attn_norm", "mlp": "mlp_norm"}
+            ratios[name] = {part: (result["weights"][k] / base["weights"][k]).cpu() for part, k in keys.items()}
     return ratios
 
 
@@ -1096,7 +1099,8 @@ class Figures:
         """One legend for all axes, below them, where there are several lines."""
         handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
         if len(handles) > 1:
-            fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
+            ncols = min(4, len(handles))
+            fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, fontsize=8)
 
     def by_layer(self):
         """For each group of measures a figure of one number a layer, the runs over each other."""
@@ -1128,10 +1132,10 @@ class Figures:
             self.legend(fig, axes)
             self.save(fig, f"{group}.png", FIGURE_TITLES[group])
 
-    def image(self, fig, axis, matrix, title, xlabel, ylabel, first=1, **options):
-        """A heat map of (rows, columns), the axes numbered from `first`."""
+    def image(self, axis, matrix, title, xlabel, ylabel, **options):
+        """A heat map of (rows, columns), both numbered from 1."""
         n, m = matrix.shape
-        extent = (first - 0.5, first + m - 0.5, first + n - 0.5, first - 0.5)
+        extent = (0.5, m + 0.5, n + 0.5, 0.5)
         drawn = axis.imshow(matrix.cpu(), extent=extent, aspect="auto", interpolation="nearest", **options)
         axis.set_title(title, fontsize=8)
         self.label(axis, xlabel, ylabel)
@@ -1142,22 +1146,22 @@ class Figures:
 
     def matrices(self):
         """The layer by layer matrices, a map a run on one scale."""
-        for file, title, xlabel, ylabel, get in (
-            ("angular", "angular distance d(l, n), in units of pi", "layer l", "n layers on", lambda r: r["angular"].mT),
-            ("causal", "causal effect C(s, l), relative change of an update", "later layer l", "skipped layer s", lambda r: r["removal"]["causal"]),
-            ("permutation", "permutation score, |change of the loss| / loss", "layer", "layer", lambda r: r["permutation"]["matrix"]),
-            ("expert_load", "share of the router's choices", "expert", "layer with experts", lambda r: r["experts"]["load"]),
-        ):  # fmt: skip
-            key = {"causal": "removal", "expert_load": "experts"}.get(file, file)
-            found = {name: get(result) for name, result in self.results.items() if key in result}
+        kinds = [
+            ("angular", "angular distance d(l, n), in units of pi", ("layer l", "n layers on"), lambda r: r.mT),
+            ("removal", "causal effect C(s, l)", ("later layer l", "skipped layer s"), lambda r: r["causal"]),
+            ("permutation", "|change of the loss by a swap| / loss", ("layer", "layer"), lambda r: r["matrix"]),
+            ("experts", "share of the router's choices", ("expert", "layer with experts"), lambda r: r["load"]),
+        ]
+        for key, title, labels, get in kinds:
+            found = {name: get(result[key]) for name, result in self.results.items() if key in result}
             if not found:
                 continue
             highest = max(m[m.isfinite()].max().item() if m.isfinite().any() else 1.0 for m in found.values())
             fig, axes = self.grid(len(found), height=3.1)
             for axis, (name, matrix) in zip(axes, found.items()):
-                drawn = self.image(fig, axis, matrix, name, xlabel, ylabel, vmin=0, vmax=highest)
+                drawn = self.image(axis, matrix, name, *labels, vmin=0, vmax=highest)
             fig.colorbar(drawn, ax=list(axes), fraction=0.05)
-            self.save(fig, f"{file}.png", title)
+            self.save(fig, f"{key}_map.png", title)
 
     def jacobians(self):
         """|J|^0.3 of up to four layers a run (Sparsity Figure 12)."""
@@ -1166,17 +1170,15 @@ class Figures:
             return
         shown = {name: spread(len(r["layers"]), 4) for name, r in found.items()}
         n_columns = max(map(len, shown.values()))
-        fig, axes = self.plt.subplots(
-            len(found), n_columns, figsize=(2.9 * n_columns, 2.8 * len(found) + 0.5), squeeze=False, layout="constrained"
-        )
+        size = 2.9 * n_columns, 2.8 * len(found) + 0.5
+        fig, axes = self.plt.subplots(len(found), n_columns, figsize=size, squeeze=False, layout="constrained")
         for row, (name, r) in zip(axes, found.items()):
             for axis in row[len(shown[name]) :]:
                 axis.remove()
             for axis, i in zip(row, shown[name]):
                 title = f"{name}, layer {int(r['layers'][i])}"
-                drawn = self.image(
-                    fig, axis, r["matrices"][i].abs() ** 0.3, title, "input dimension", "output dimension", vmin=0, vmax=1
-                )
+                J, labels = r["matrices"][i].abs() ** 0.3, ("input dimension", "output dimension")
+                drawn = self.image(axis, J, title, *labels, vmin=0, vmax=1)
         fig.colorbar(drawn, ax=axes.ravel().tolist(), fraction=0.03, extend="max")
         self.save(fig, "jacobian_maps.png", "Jacobian, |J|^0.3")
 
@@ -1190,7 +1192,8 @@ class Figures:
             fig, axes = self.grid(len(layers) * len(heads), len(heads), 2.4, 2.3)
             for axis, (l, h) in zip(axes, ((l, h) for l in layers for h in heads)):
                 title = f"layer {l + 1}, head {h + 1}"
-                drawn = self.image(fig, axis, maps[l, h] ** 0.2, title, "key position", "query position", vmin=0, vmax=1)
+                A, labels = maps[l, h] ** 0.2, ("key position", "query position")
+                drawn = self.image(axis, A, title, *labels, vmin=0, vmax=1)
             fig.colorbar(drawn, ax=list(axes), fraction=0.03)
             file = "attention_maps.png" if len(self.results) == 1 else f"attention_maps_{name.replace('/', '_')}.png"
             self.save(fig, file, f"{name}: attention weights A, (mean over sequences)^0.2")
@@ -1202,7 +1205,8 @@ class Figures:
         single = len(logs) == 1
         panels = [("loss", "training loss, nats"), ("val_loss", "held-out loss, nats"), ("grad_norm", "gradient norm")]
         layered = [("variance", "variance"), ("grad_norms", "gradient norm"), ("gates", "gate a")]
-        panels += [(key, f"{title} of each layer" if single else f"{title}, {'mean' if key == 'gates' else 'last layer'}") for key, title in layered]
+        for key, title in layered:
+            panels.append((key, f"{title}, {'each layer' if single else 'mean' if key == 'gates' else 'last layer'}"))
         panels = [(k, t) for k, t in panels if any(k in r for log in logs.values() for r in log)]
         if not panels:
             return
@@ -1274,11 +1278,14 @@ def spread(n, most):
 
 def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    settings = configure(Settings, "Measures what the layers of trained models do, on held-out text.", positional="out_dirs")
+    settings = configure(Settings, "Measures what the layers of trained models do.", positional="out_dirs")
     # what can go wrong goes wrong before the long part
     plt = load_pyplot(settings.figures) if settings.figures is not False else None
     try:
-        device = torch.device(settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        device = settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
         torch.empty(1, device=device, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from None

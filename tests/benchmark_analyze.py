@@ -129,7 +129,8 @@ def main():
         times = {name: seconds(part) for name, part in parts.items()}
         for name, taken in times.items():
             print(f"  {name}: {taken:.1f} s")
-        print(f"all measures over {settings.tokens:,} tokens ({settings.jacobian_tokens:,} for the Jacobians): {sum(times.values()):.1f} s")
+        sizes = f"{settings.tokens:,} tokens ({settings.jacobian_tokens:,} for the Jacobians)"
+        print(f"all measures over {sizes}: {sum(times.values()):.1f} s")
 
 
 if __name__ == "__main__":

@@ -606,7 +606,7 @@ def test_figures(program, folder):
     pytest.importorskip("matplotlib")
     code, out, err = program("out-pre", "out-gpas_pre", "--tokens=128", "--jacobian_tokens=32", "--analysis_dir=both", "--figures")
     assert code == 0, err
-    names = "stream parameters importance jacobian attention angular causal permutation jacobian_maps dynamics"
+    names = "stream parameters importance jacobian attention angular_map removal_map permutation_map jacobian_maps dynamics"
     expected = {f"{name}.png" for name in names.split()} | {"attention_maps_out-pre.png", "attention_maps_out-gpas_pre.png"}
     written = {path.name for path in (folder / "both").glob("*.png")}
     assert written == expected and all((folder / "both" / name).stat().st_size > 5000 for name in written)
