@@ -560,6 +560,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # Drawn first: torch's own initialization of the modules below draws too, but not on the meta device.
+        seed = int(torch.randint(2**62, (), device="cpu"))
         if config.vocab_size < 1:
             raise ValueError(f"vocab_size is {config.vocab_size}; it must be at least 1")
         self.config = config
@@ -568,7 +570,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layer + 1))
         self.norm = Norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.init_weights(int(torch.randint(2**62, (), device="cpu")))
+        self.init_weights(seed)
         for message in doubts(config):
             warnings.warn(message)
 
