@@ -366,14 +366,11 @@ def save_checkpoint(path, state):
 
 def keep_as(path, previous):
     """Gives the file `path` the second name `previous`, so that it is at no moment without its own."""
-    link = previous.with_name(previous.name + ".partial")
-    link.unlink(missing_ok=True)
+    previous.unlink(missing_ok=True)
     try:
-        os.link(path, link)
-    except OSError:  # a file system without links: for a moment `path` is missing, and `previous` is what it was
+        os.link(path, previous)
+    except OSError:  # a file system without links: for a moment there is `previous` only
         os.replace(path, previous)
-    else:
-        os.replace(link, previous)
 
 
 def sync_folder(folder):
@@ -1014,7 +1011,7 @@ def train(processes, stop):
         n_targets = processes.sum(sum(n for *_, n in batches))[0]
         if not n_targets:
             raise UserError(f"no token of step {step} has a target: its examples are prompts only, or cut before the answer")
-        loss = torch.zeros((), device=device)
+        loss = 0
         with timed("compilation" if use_compile and step == start_step else "steps"):
             for i, (x, y, n) in enumerate(batches):
                 # Under DDP gradients are exchanged once a step. FSDP exchanges them in each micro-step, since the sum
@@ -1024,7 +1021,7 @@ def train(processes, stop):
                     with autocast():
                         part = net(x, y)[1] * (n * processes.size / n_targets)
                     part.backward()
-                loss += part.detach() / processes.size
+                loss = loss + part.detach() / processes.size
         these, batches = batches, read_step(step + 1) if step + 1 < settings.max_iters else []  # while the device computes
         with timed("steps"):
             grad_norm = whole(torch.nn.utils.clip_grad_norm_(others, settings.grad_clip or math.inf)).item()
