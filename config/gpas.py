@@ -1,6 +1,6 @@
-"""What the runs of GPAS Table 1 share. Data: C4 with T5's tokenizer (32,000 pieces, which tiktoken cannot read); offline
-stand-in: --dataset=stdlib --vocab_size=0, bytes. Length 256, the optimizer, the decay to 10 % and the untied head are
-from its code. The gates are not clipped, but for Sandwich-LN at 1B: --gate_clip=0.01."""
+"""What the runs of GPAS Table 1 share. Data: C4 with T5's tokenizer (32,000 pieces, which tiktoken cannot read);
+offline stand-in: --dataset=stdlib --vocab_size=0, bytes. Length 256, the optimizer, the decay to 10 % and the untied
+head are from its code. The gates are not clipped, but for Sandwich-LN at 1B: --gate_clip=0.01."""
 
 dataset = "c4"
 vocab_size = 32000

@@ -10,5 +10,4 @@ learning_rate, min_lr, warmup_iters = 3e-4, 0.0, 0
 max_iters = 4 * 170_420 // 128
 beta1, beta2, weight_decay = 0.9, 0.999, 0.0
 lisa_layers, lisa_interval = 2, 20
-freeze_gates = None  # for models that have gates: frozen
 eval_interval = 500

@@ -1,6 +1,6 @@
-"""What Sparsity's runs share (appendix C). Data: FineWeb-Edu with GPT-NeoX's tokenizer (50,280, here as there rounded up
-to 50,304; tiktoken cannot read it, gpt2 is near); offline stand-in: --dataset=stdlib --vocab_size=0, bytes. From its code:
-betas, clipping, the decay to 10 %, std 0.02, weight decay on every parameter."""
+"""What Sparsity's runs share (appendix C). Data: FineWeb-Edu with GPT-NeoX's tokenizer (50,280, here as there rounded
+up to 50,304; tiktoken cannot read it, gpt2 is near); offline stand-in: --dataset=stdlib --vocab_size=0, bytes. From its
+code: betas, clipping, the decay to 10 %, std 0.02, weight decay on every parameter."""
 
 dataset = "fineweb_edu"
 norm = "pre"

@@ -1,4 +1,5 @@
-"""Sparsity Table 6, L = 24 (1.7B), 10B tokens. FineWeb-Edu with GPT-NeoX's tokenizer; offline: --dataset=stdlib --vocab_size=0."""
+"""Sparsity Table 6, L = 24 (1.7B), 10B tokens.
+FineWeb-Edu with GPT-NeoX's tokenizer; offline: --dataset=stdlib --vocab_size=0."""
 
 from config.sparsity import *
 

@@ -1,4 +1,5 @@
-"""Sparsity appendix C.3, T = 256, 5B tokens. FineWeb-Edu with GPT-NeoX's tokenizer; offline: --dataset=stdlib --vocab_size=0."""
+"""Sparsity appendix C.3, T = 256, 5B tokens.
+FineWeb-Edu with GPT-NeoX's tokenizer; offline: --dataset=stdlib --vocab_size=0."""
 
 from config.sparsity import *
 
