@@ -1,13 +1,17 @@
 """Pretraining: `python train.py --norm=gpas_pre` trains 12 layers on this machine's own Python sources in minutes.
 
     python train.py --norm=lns --n_layer=24 --dataset=NAME     another placement, depth, data (see prepare_data.py)
-    python train.py config/small.py --compile                  settings from a file, then from the command line
+    python train.py config/gpas_130m.py --compile              settings from a file, then from the command line
+    python train.py config/gpas_7b.py --gpus=8 --dry_run       its size, tokens, FLOPs and memory, without training
+    torchrun --nproc_per_node=8 train.py config/gpas_1b.py     several processes, one for each GPU
     python train.py --norm=lns --init_from=resume              continue the run in out-lns
+    python train.py --init_from=out-lns --dataset=NAME         fine-tune its weights
     python train.py --norm=lns --eval_only                     its loss on the held-out set
     python train.py --norm=lns --sample="def "                 what it writes
     python train.py --help                                     every setting
 
-A run is a folder: ckpt.pt (weights, optimizer, architecture, tokenizer) and log.jsonl (one object a line).
+A run is a folder: ckpt.pt (weights, optimizer, architecture, tokenizer), ckpt_previous.pt (the one before) and
+log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=resume goes on to the bit.
 """
 
 import ctypes
@@ -15,15 +19,25 @@ import json
 import math
 import os
 import platform
+import random
+import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+import zipfile
+from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
 from configurator import UserError, configure, run
@@ -39,16 +53,18 @@ class Settings(GPTConfig):
     vocab_size: int = 0  # rows of the embedding and of the head; 0: the tokenizer's vocabulary
     # run
     out_dir: str | None = None  # folder of the run; none: out-<norm>
-    init_from: str = "scratch"  # scratch, or resume: continue the run in out_dir
+    init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; or a run's folder: fine-tune its weights
     overwrite: bool = False  # allow a new run to replace the one in out_dir
     eval_only: bool = False  # evaluate the checkpoint in out_dir and exit
     sample: str | None = None  # a prompt: continue it with the checkpoint in out_dir and exit
+    dry_run: bool = False  # print size, tokens, FLOPs and memory and exit
+    gpus: int = 1  # dry_run: how many share the work
     seed: int = 1337  # of the weights and of the order of the data
     # data
     dataset: str = "stdlib"  # a folder in data_dir, or a path
     data_dir: str = "data"  # where prepare_data.py puts data sets
     batch_size: int = 2  # sequences per process and micro-step
-    gradient_accumulation_steps: int = 8  # micro-steps per step, of the whole job
+    gradient_accumulation_steps: int = 8  # micro-steps per step, of the whole job: the processes share them
     # optimization: AdamW, linear warm-up, cosine decay
     max_iters: int = 300  # steps
     learning_rate: float = 4e-3  # at its highest
@@ -56,12 +72,16 @@ class Settings(GPTConfig):
     warmup_iters: int = 30  # steps of linear warm-up
     lr_decay_iters: int | None = None  # step at which min_lr is reached; none: max_iters
     weight_decay: float = 0.1  # on matrices
+    decay_vectors: bool = False  # weight decay on gains and gates too (as in Sparsity's code)
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient of all but the gates; 0: no clipping
     gate_clip: float = 0.0  # the same for the gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
     gates: str | None = None  # fixed gates: a number, n_layer numbers with commas between, or a run's folder (its gates)
-    freeze_gates: bool = False  # keep the gates at their initial values
+    freeze_gates: bool | None = None  # keep the gates at their initial values; none: in fine-tuning (GPAS section 4.1)
+    lisa_layers: int = 0  # LISA: train only the embedding, the head and so many layers, drawn anew; 0: all layers
+    lisa_interval: int = 20  # LISA: steps between draws
+    nan_patience: int = 3  # steps in a row with a loss or gradient that is not finite, each skipped, that end the run
     # evaluation and log
     eval_interval: int = 50  # steps between evaluations, each followed by a checkpoint
     eval_iters: int = 100  # batches of the held-out set, the same each time
@@ -73,16 +93,22 @@ class Settings(GPTConfig):
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
     dtype: str = "auto"  # float32, bfloat16 (autocast), float64; auto: bfloat16 where the processor has it
     compile: bool | None = None  # torch.compile the model; none: on cuda
+    shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
+    recompute: bool = False  # keep only each block's input for the backward pass and compute the block again
+    wandb: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # write TensorBoard files to out_dir too
     peak_tflops: float = 0.0  # the device's dense peak, for the share that is reached (MFU); 0: as PEAK_TFLOPS knows it
 
     def __post_init__(self):
         super().__post_init__()
-        self.out_dir = self.out_dir or f"out-{self.norm}"
-        if self.init_from not in ("scratch", "resume"):
-            raise ValueError(f"init_from is {self.init_from!r}; known: scratch, resume")
+        is_tuning, has_gates = self.init_from not in ("scratch", "resume"), find_scheme(self.norm)[1]
+        self.out_dir = self.out_dir or f"out-{self.norm}" + "-finetuned" * is_tuning
+        if self.freeze_gates is None:
+            self.freeze_gates = is_tuning and has_gates and self.gates is None
         if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
             raise ValueError(f"unknown dtype {self.dtype!r}; known: auto, float32, bfloat16, float64")
-        positive = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval sample_tokens"
+        positive = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval sample_tokens "
+        positive += "lisa_interval nan_patience gpus"
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -98,33 +124,44 @@ class Settings(GPTConfig):
         if self.gates is not None and self.freeze_gates:
             raise ValueError("gates are fixed values: freeze_gates adds nothing")
         for name in ("gates", "freeze_gates", "gate_clip"):
-            if getattr(self, name) and not find_scheme(self.norm)[1]:
+            if getattr(self, name) and not has_gates:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect: norm {self.norm} has no gates")
+        if not 0 <= self.lisa_layers <= self.n_layer:
+            raise ValueError(f"lisa_layers is {self.lisa_layers}; the model has {self.n_layer} layers")
+        for name in ("compile", "shard"):
+            if self.lisa_layers and getattr(self, name):
+                raise ValueError(f"lisa_layers changes what is trained as it runs: it does not go with {name}")
 
 
 # What belongs to one call and not to the run.
-PER_CALL = "out_dir", "init_from", "overwrite", "eval_only", "sample", "device", "dtype", "compile"
+PER_CALL = tuple("out_dir init_from overwrite eval_only sample dry_run gpus device dtype compile shard recompute".split())
 
 
-def settings_of_run(given):
-    """Where a run is continued, evaluated or sampled its own settings are the defaults of what is not given.
+def settings_of_run(given, found):
+    """Where a run is continued, evaluated, sampled or fine-tuned its own settings are the defaults of what is not given:
+    all of them, or for fine-tuning the architecture. `found` takes the "checkpoint" and, as "changed", the other
+    training settings that were given, {name: (before, now)}.
 
-    UserError if the given ones contradict its architecture; changed training settings are printed.
+    UserError if what is given contradicts its architecture.
     """
-    if not (given.get("init_from") == "resume" or given.get("eval_only") or given.get("sample") is not None):
+    init_from = given.get("init_from", "scratch")
+    is_call = given.get("eval_only") or given.get("sample") is not None
+    if init_from == "scratch" and not is_call:
         return {}
-    if given.get("overwrite"):
+    if given.get("overwrite") and (is_call or init_from == "resume"):
         raise UserError("overwrite replaces a run with a new one: it does not go with resume, eval_only or sample")
-    out_dir = given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
-    checkpoint = load_checkpoint(out_dir)
+    is_tuning = init_from not in ("scratch", "resume") and not is_call
+    place = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
+    checkpoint = found["checkpoint"] = load_checkpoint(place)
     before = {n: v for n, v in checkpoint["settings"].items() if n not in PER_CALL and n in Settings.__dataclass_fields__}
-    before.update(checkpoint["config"], out_dir=out_dir)
+    before = dict(checkpoint["config"]) if is_tuning else {**before, **checkpoint["config"], "out_dir": place}
     other = {n: v for n, v in given.items() if n in before and v != before[n]}
-    wrong = [f"{n} {checkpoint['config'][n]} (given {v})" for n, v in other.items() if n in checkpoint["config"]]
-    if wrong:
-        raise UserError(f"{out_dir} is a model of {', '.join(wrong)}")
-    for name, value in other.items() if given.get("init_from") == "resume" else ():
-        print(f"{name}: {before[name]} before, {value} now")
+    # no weight depends on the length
+    fixed = [n for n in checkpoint["config"] if n in other and not (is_tuning and n == "block_size")]
+    if fixed:
+        wrong = ", ".join(f"{n} {before[n]} (given {given[n]})" for n in fixed)
+        raise UserError(f"{place} is a model of {wrong}")
+    found["changed"] = {n: (before[n], v) for n, v in other.items()}
     return before
 
 
@@ -136,16 +173,118 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 # Setup
 
 
-def setup_device(settings):
+@dataclass
+class Processes:
+    """The processes of the job: this one alone, or those that torchrun started."""
+
+    rank: int = 0  # the one of rank 0 speaks and writes
+    local_rank: int = 0  # among those of this machine: the number of its GPU
+    size: int = 1
+    store: dist.Store | None = None  # what they share before they are connected
+    device: torch.device = torch.device("cpu")
+
+    def connect(self, device):
+        """From here on they exchange tensors: by nccl between GPUs, by gloo between CPUs."""
+        self.device, is_cuda = device, device.type == "cuda"
+        if self.size > 1:
+            backend, device_id = "nccl" if is_cuda else "gloo", device if is_cuda else None
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, device_id=device_id)
+
+    def sum(self, *values):
+        """The sum over the processes of each of some numbers, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def first(self, value):
+        """The `value` of the first process in which it is not None."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return next((v for v in values if v is not None), None)
+
+    def wait(self):
+        """Returns when all have come here."""
+        self.sum(0)
+
+
+def find_processes():
+    """Processes, as the environment that torchrun sets describes them. Only rank 0 prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Processes()
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+    return Processes(rank, int(os.environ["LOCAL_RANK"]), size, store)
+
+
+@contextmanager
+def one_voice(processes):
+    """Under torchrun the process that fails first says why, and the others, which fail for want of it, follow silently."""
+    try:
+        yield
+    except Exception as error:
+        if processes.size > 1:
+            if processes.store.add("has spoken", 1) > 1:
+                sys.exit(2)
+            if isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+                raise UserError(
+                    "a process of this job has ended without a word (killed, or out of memory?); "
+                    "what was saved is untouched, --init_from=resume goes on from there"
+                ) from None
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class StopRequest:
+    """SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a second one ends the
+    process at once. So it is from `listen` to the end of the context."""
+
+    def __init__(self, speaks):
+        self.speaks, self.number, self.before = speaks, 0, {}
+
+    def listen(self, out_dir):
+        self.out_dir = out_dir
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        # os.write, since a signal may arrive in the middle of a print
+        if self.number:
+            os.write(2, f"stopped at once; {self.out_dir}/ckpt.pt is the last that was saved\n".encode())
+            os._exit(128 + number)
+        self.number = number
+        if self.speaks:
+            os.write(2, f"{signal.Signals(number).name}: ends after this step; once more ends at once\n".encode())
+
+
+def setup_device(settings, processes):
     """(device, dtype name, autocast context factory) as the settings ask for and the machine has."""
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.size > 1:
+        if ":" in name:
+            raise UserError(f"device is {name} for each of {processes.size} processes; say cuda, and each takes its own")
+        name = f"cuda:{processes.local_rank}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype = settings.dtype
     if dtype == "auto":
         has_bfloat16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
@@ -179,37 +318,149 @@ def find_data(settings):
     return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
 
 
+def shard_sizes(*data):
+    """{path: bytes} of the shards behind some TokenData."""
+    return {path: os.path.getsize(path) for part in data for path in part.paths}
+
+
+def check_shards(sizes):
+    """UserError for a shard that has disappeared or changed size: reading its memory map past its end would kill."""
+    for path, size in sizes.items():
+        try:
+            now = os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f"shard {path} has gone ({error.strerror}): {GO_ON}") from None
+        if now != size:
+            raise UserError(f"shard {path} has {now} bytes, {size} before: {GO_ON}")
+
+
+GO_ON = "put it back, and --init_from=resume goes on from the last checkpoint"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+PREVIOUS = "ckpt_previous.pt"
+
+
 def save_checkpoint(path, state):
-    """Writes the dict `state` to `path`, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    """Writes the dict `state` to `path`, whole or not at all; what was there stays beside it as PREVIOUS."""
+    partial_path, previous = path.with_name(path.name + ".partial"), path.with_name(PREVIOUS)
     try:
-        with open(partial, "wb") as file:
+        with open(partial_path, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        if path.exists():
+            keep_as(path, previous)
+        os.replace(partial_path, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot save {path}: {str(error).splitlines()[0]}; what was saved before is untouched") from None
+        partial_path.unlink(missing_ok=True)
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch.save hides what the disk said
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise UserError(f"cannot save {path}: {reason}; what was saved before is untouched") from None
 
 
-def load_checkpoint(out_dir):
-    """The dict in out_dir/ckpt.pt, on the CPU; UserError if it is missing or damaged. No code in it is ever run."""
-    path = Path(out_dir) / "ckpt.pt"
-    if not path.exists():
-        raise UserError(f"no checkpoint {path}; train one first, or name its folder with --out_dir=")
-    kinds = {"model": dict, "optimizer": dict, "config": dict, "settings": dict, "step": int, "tokenizer": dict | None}
+def keep_as(path, previous):
+    """Gives the file `path` the second name `previous`, so that it is at no moment without its own."""
+    previous.unlink(missing_ok=True)
     try:
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        strange = [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]
-        if strange:
-            raise ValueError(f"its {strange[0]} is a {type(checkpoint[strange[0]]).__name__}")
-        GPTConfig(**checkpoint["config"])
-        return checkpoint
+        os.link(path, previous)
+    except OSError:  # a file system without links: for a moment there is `previous` only
+        os.replace(path, previous)
+
+
+def sync_folder(folder):
+    """Names in `folder` survive a loss of power from here on."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(place):
+    """The dict in the folder of a run, or in a .pt file, on the CPU; UserError if it is missing or damaged, with the one
+    before it if that can be had. No code in it is ever run."""
+    path = Path(place)
+    path = path if path.suffix == ".pt" else path / "ckpt.pt"
+    previous, advice = path.with_name(PREVIOUS), ""
+    if path != previous and previous.exists():
+        try:
+            advice = f"; the one before it is whole, of step {read_checkpoint(previous)['step']}: mv {previous} {path}"
+        except Exception:
+            advice = f"; {previous} cannot be read either"
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}{advice or '; train one first, or name its folder'}")
+    try:
+        return read_checkpoint(path)
     except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
         reason = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}") from None
+        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}{advice}") from None
+
+
+def read_checkpoint(path):
+    """load_checkpoint's dict, the tensors as memory maps; any exception for a damaged file."""
+    kinds = {"model": dict, "optimizer": dict, "config": dict, "settings": dict, "step": int, "tokenizer": dict | None}
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"its part {damaged} is not what was written")
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    strange = [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]
+    if strange:
+        raise ValueError(f"its {strange[0]} is a {type(checkpoint[strange[0]]).__name__}")
+    GPTConfig(**checkpoint["config"])
+    return checkpoint
+
+
+def portable(tree, rank):
+    """Nested dicts and lists with every sharded tensor whole and on the CPU: one form, however many processes trained.
+
+    All processes take part; only that of rank 0 keeps the tensors."""
+    if isinstance(tree, dict):
+        return {key: portable(value, rank) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [portable(value, rank) for value in tree]
+    if is_sharded(tree):
+        tensor = tree.full_tensor()
+        return tensor.cpu() if rank == 0 else None
+    return tree
+
+
+def is_sharded(tensor):
+    """Whether it is a DTensor (their import takes a second: it is for those who shard)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """A sharded tensor in one piece; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def placed_as(like, value):
+    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
+    if is_sharded(like):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
+def load_optimizer(optimizer, saved, groups):
+    """Gives the optimizer the `saved` state, in portable form, with the hyperparameters of `groups`. ValueError or
+    KeyError if it does not fit."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for i, moments in saved["state"].items():
+        # `clone`, since AdamW will write into them and the file is mapped
+        state[i] = {name: placed_as(params[i], v).clone() if v.dim() else v.clone() for name, v in moments.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    for group, new in zip(optimizer.param_groups, groups):
+        group.update({name: new[name] for name in ("weight_decay", "betas")})
 
 
 def read_log(path, last_step):
@@ -223,17 +474,78 @@ def read_log(path, last_step):
         raise UserError(f"{path} has a line that is not a JSON object with a step; mend it or move it away") from None
 
 
-def build_model(config, weights, device, dtype):
-    """A GPT on the device, with the weights of a checkpoint or None for new ones; UserError if it cannot be had."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def build_model(config, weights, settings, device, dtype, use_compile=False):
+    """A GPT on the device, with the weights of a checkpoint or None for new ones; UserError if it cannot be had.
+
+    With settings.shard each process holds its part of every parameter, and never the whole of more than one: the same
+    weights as without, since each parameter is drawn whole from a generator of its own and then cut.
+    """
+    if settings.shard and weights is None and find_scheme(config.norm)[0].omega:
+        raise UserError(
+            f"norm {config.norm} is initialized by a pass through the whole model: begin without --shard "
+            "(--max_iters=0) and go on with --init_from=resume --shard"
+        )
     try:
-        model = GPT(config).to(device)
+        torch.manual_seed(settings.seed)
+        with torch.device("meta") if settings.shard else nullcontext():
+            model = GPT(config)
+        model = model.double() if dtype == "float64" else model
+        if settings.recompute:
+            for block in model.blocks:
+                block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if settings.shard:
+            torch.manual_seed(settings.seed)
+            shard_model(model, device, use_compile, None if weights else int(torch.randint(2**62, (), device="cpu")))
+        model.to(device)
         if weights is not None:
-            model.load_state_dict(weights)
-        return model.double() if dtype == "float64" else model
+            params = dict(model.named_parameters())
+            model.load_state_dict({n: placed_as(params[n], w) if n in params else w for n, w in weights.items()})
+        return model
     except (RuntimeError, MemoryError, OverflowError, AttributeError) as error:
         what = "the checkpoint's weights do not fit its config" if weights else "this model cannot be built"
         reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
         raise UserError(f"{what}: {reason}") from None
+
+
+def shard_model(model, device, use_compile, init_seed):
+    """Spreads a model on the meta device over the processes (FSDP2) and gives it memory, and the weights of init_seed
+    unless it is None.
+
+    A block's weights are gathered just before it computes and dropped after. They are gathered in float32, as autocast
+    expects them. What is compiled is the block, between its gathering and its dropping."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.blocks:
+        if use_compile:
+            block.compile()
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device=device)
+    if init_seed is not None:
+        with implicit_replication():  # each process draws the whole tensor, and copies its part of it
+            model.init_weights(init_seed)
+
+
+def draw_layers(model, optimizer, step, settings, trained):
+    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks' parameters only those of lisa_layers layers are
+    trained; the embedding and the head, with its norm, always are. A function of the seed and the step.
+
+    `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped, for the memory.
+    """
+    rng = random.Random(f"{settings.seed} {step // settings.lisa_interval}")
+    drawn = rng.sample(range(len(model.blocks)), settings.lisa_layers)
+    for i, block in enumerate(model.blocks):
+        for p in block.parameters():
+            p.requires_grad_(i in drawn and id(p) in trained)
+            if not p.requires_grad:
+                optimizer.state.pop(p, None)
 
 
 def read_gates(text, config):
@@ -257,17 +569,21 @@ def read_gates(text, config):
 
 
 @torch.no_grad()
-def evaluate(model, data, settings, device, autocast):
-    """Mean loss in nats over eval_iters batches of `data` (all of it if it has fewer), the same at each call."""
+def evaluate(model, data, settings, device, autocast, processes):
+    """Mean loss in nats over the tokens with a target of eval_iters batches of `data` (all of it if it has fewer), the
+    same at each call. The processes share the batches."""
     model.eval()
-    total = batches = 0
-    for i in range(max(1, min(settings.eval_iters, len(data) // settings.batch_size))):
-        x, y = get_batch(data, i * settings.batch_size, settings.batch_size, device)
+    n = max(1, min(settings.eval_iters, len(data) // settings.batch_size))
+    total = count = 0
+    for i in range(processes.rank, n + -n % processes.size, processes.size):
+        # Beyond the last batch it counts for nothing: sharded models need all processes in every pass.
+        x, y, n_targets = get_batch(data, min(i, n - 1) * settings.batch_size, settings.batch_size, device)
         with autocast():
-            total += model(x, y)[1].double()
-        batches += 1
+            total += model(x, y)[1].double() * (n_targets * (i < n))
+        count += n_targets * (i < n)
     model.train()
-    return total.item() / batches
+    total, count = processes.sum(total.item(), count)
+    return total / max(count, 1)
 
 
 def stream_report(model, x, y, autocast):
@@ -287,11 +603,51 @@ def stream_report(model, x, y, autocast):
     for hook in hooks:
         hook.remove()
     grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in model.blocks]
-    report = {"variance": variance, "grad_norms": [torch.nn.utils.get_total_norm(g).item() for g in grads]}
+    report = {"variance": variance, "grad_norms": [whole(torch.nn.utils.get_total_norm(g)).item() for g in grads]}
     model.zero_grad(set_to_none=True)
     if model.gates():
-        report["gates"] = [gate.item() if len(gate) == 1 else gate.tolist() for gate in model.gates()]
+        gates = [whole(gate.detach()).tolist() for gate in model.gates()]
+        report["gates"] = [values[0] if len(values) == 1 else values for values in gates]
     return report
+
+
+def first_non_finite(model, batches, autocast):
+    """In words, where the first non-finite value of a forward and backward pass over `batches` arises; None if nowhere.
+
+    Hooks see each module's output as it is computed, the innermost first, and then the gradients in their order. No
+    early return: the processes of a sharded model pass through it together.
+    """
+    found = []
+
+    def check(tensor, where):
+        local = tensor.to_local() if is_sharded(tensor) else tensor
+        if not local.isfinite().all():
+            found.append(where)
+
+    def watch(name):
+        def see(module, args, out):
+            if isinstance(out, torch.Tensor):
+                check(out.detach(), f"the output of {name}")
+                if out.requires_grad:
+                    out.register_hook(lambda grad: check(grad, f"the gradient of the output of {name}"))
+
+        return see
+
+    for name, p in model.named_parameters():
+        check(p.detach(), f"the parameter {name}")
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    for x, y, _ in batches:
+        with autocast():
+            loss = model(x, y)[1]
+        check(loss.detach(), "the loss")
+        loss.backward()
+        for name, p in reversed(list(model.named_parameters())):
+            if p.grad is not None:
+                check(p.grad, f"the gradient of {name}")
+        model.zero_grad(set_to_none=True)
+    for handle in handles:
+        handle.remove()
+    return found[0] if found else None
 
 
 def learning_rate(step, settings):
@@ -305,11 +661,16 @@ def learning_rate(step, settings):
 
 
 def get_batch(data, first, n, device):
-    """Rows first ... first + n - 1 of `data` as tensors (n, block_size) on the device."""
-    x, y = (torch.from_numpy(rows) for rows in data.rows(first, n))
+    """Rows first ... first + n - 1 of `data`: inputs and targets, tensors (n, block_size) on the device, and how many of
+    the targets count (-100 does not)."""
+    x, y = data.rows(first, n)
+    count = int(np.count_nonzero(y != -100))
+    if not count:
+        y = np.zeros_like(y)  # any target will do: the mean over none would be nan, and a weight of 0 leaves it nan
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
     if device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-    return x.to(device), y.to(device)
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True), count
+    return x.to(device), y.to(device), count
 
 
 def write_sample(model, tokenizer, prompt, settings, device, autocast):
@@ -331,27 +692,141 @@ def clock(seconds):
     return f"{60 * m + s}s" if m < 2 else f"{m}m{s:02d}s" if m < 120 else f"{m // 60}h{m % 60:02d}m"
 
 
+def open_loggers(settings, rank):
+    """Functions of (step, {name: number}) for the services that the settings ask for, in the process of rank 0."""
+    loggers = []
+    if settings.wandb and rank == 0:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs the package wandb: pip install wandb") from None
+        board = wandb.init(project="nanoNorm", name=Path(settings.out_dir).name, config=asdict(settings))
+        loggers.append(lambda step, numbers: board.log(numbers, step=step))
+    if settings.tensorboard and rank == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        writer = SummaryWriter(settings.out_dir)
+        loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
+    return loggers
+
+
+def flat(record):
+    """The numbers of a record of the log by name, those of a list by name/1 ... (the layer)."""
+    numbers = {n: v for n, v in record.items() if isinstance(v, (int, float)) and n != "step"}
+    for name, values in record.items():
+        if isinstance(values, list):
+            numbers.update({f"{name}/{l}": v for l, v in enumerate(values, 1) if isinstance(v, (int, float))})
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planning
+
+
+def plan(settings):
+    """What a run would be, as text: the model's size, its tokens, steps and FLOPs, and the memory of each GPU, from a
+    model on the meta device."""
+    known = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
+    known["vocab_size"] = settings.vocab_size or prepare_data.byte_encoding().n_vocab
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**known))
+    count, G = model.count_params(), 1e9
+    if settings.gradient_accumulation_steps % settings.gpus:
+        raise UserError(f"{cannot_share(settings, settings.gpus)} GPUs")
+    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+    tokens = tokens_per_step * settings.max_iters
+    one_vocab = count["total"] - model.lm_head.weight.numel()
+    # Float32 throughout: the weight, its gradient and AdamW's two moments.
+    state = 16 * count["total"] / (settings.gpus if settings.shard else 1)
+    activations = activation_bytes(model, settings)
+    return "\n".join(
+        [
+            f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters",
+            f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, {count['non_embedding']:,} with none",
+            f"  {settings.max_iters:,} steps of {tokens_per_step:,} tokens: {tokens / G:.3g}G tokens",
+            f"  {model.flops_per_token() / G:.3g} GFLOP a token, {model.flops_per_token() * tokens:.3g} FLOP in all",
+            f"  on each of {settings.gpus} GPUs: {tokens_per_step // settings.gpus:,} tokens a step, and in memory "
+            f"{state / G:.3g} GB of weights, gradients and moments ({'sharded' if settings.shard else 'whole'}) + "
+            f"{activations / G:.3g} GB of activations ({settings.batch_size} sequences, "
+            f"{'blocks recomputed' if settings.recompute else 'all kept'})",
+        ]
+    )
+
+
+def cannot_share(settings, size):
+    return f"gradient_accumulation_steps {settings.gradient_accumulation_steps} cannot be shared by {size}"
+
+
+def activation_bytes(model, settings):
+    """What autograd keeps of one micro-step in bfloat16 autocast, its 16-bit copies of the weights included, and the
+    gradient of the logits: the peak as far as it can be told without a run. From tensors without memory."""
+    kept, place = {"blocks": {}, "rest": {}}, ["rest"]
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[place[0]][storage._cdata] = storage.nbytes()
+        return tensor
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: place.insert(0, "blocks"))
+        block.register_forward_hook(lambda *_: place.pop(0) and None)
+    with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
+        params = {name: nn.Parameter(torch.empty(p.shape)) for name, p in model.named_parameters()}
+        idx = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, loss = torch.func.functional_call(model, params, (idx, idx))
+        in_blocks, rest = (sum(kept[name].values()) for name in ("blocks", "rest"))
+    if settings.recompute:  # every block's input in float32, and one block at a time
+        in_blocks = in_blocks / settings.n_layer + 4 * settings.n_layer * idx.numel() * settings.n_embd
+    return in_blocks + rest + 4 * logits.numel()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 
 def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    settings = configure(Settings, "Pretrains a GPT with any placement of its norms.", defaults=settings_of_run)
-    device, dtype, autocast = setup_device(settings)
+    processes = find_processes()
+    with one_voice(processes), StopRequest(speaks=processes.rank == 0) as stop:
+        train(processes, stop)
+
+
+def train(processes, stop):
+    found = {}
+    defaults = partial(settings_of_run, found=found)
+    settings = configure(Settings, "Pretrains a GPT with any placement of its norms.", defaults=defaults)
+    if settings.dry_run:
+        print(plan(settings))
+        return
+    device, dtype, autocast = setup_device(settings, processes)
+    if settings.gradient_accumulation_steps % processes.size:
+        raise UserError(f"{cannot_share(settings, processes.size)} processes")
+    if settings.shard and processes.size == 1:
+        raise UserError("shard spreads a model over processes, and this is one: torchrun --nproc_per_node=N train.py ...")
+    processes.connect(device)
+    is_main = processes.rank == 0
     out_dir = Path(settings.out_dir)
-    use_checkpoint = settings.eval_only or settings.sample is not None or settings.init_from == "resume"
-    checkpoint = load_checkpoint(out_dir) if use_checkpoint else None
+    checkpoint = found.get("checkpoint")  # of the run in out_dir, or what is fine-tuned
+    resumed = checkpoint if settings.init_from == "resume" else None
+    is_new = not (resumed or settings.eval_only or settings.sample is not None)
     torch.manual_seed(settings.seed)
 
     if settings.sample is not None:
         if not checkpoint["tokenizer"]:
             raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-        model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], device, dtype)
+        model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], settings, device, dtype)
         print(write_sample(model, checkpoint["tokenizer"], settings.sample, settings, device, autocast))
         return
 
     # -- data and model
+    if is_main:
+        find_data(settings)  # one process prepares what is missing
+    processes.wait()
     folder = find_data(settings)
     meta = prepare_data.read_meta(folder)
     tokenizer = checkpoint["tokenizer"] if checkpoint else meta.get("tokenizer")
@@ -363,31 +838,38 @@ def main():
     if config.vocab_size < meta.get("vocab_size", 0):
         raise UserError(f"vocab_size {config.vocab_size} is smaller than the {meta['vocab_size']} of {folder}")
     if meta and tokenizer and meta["tokenizer"] != tokenizer:
-        raise UserError(f"{folder} was made with tokenizer {meta['tokenizer']['name']}, {out_dir} with {tokenizer['name']}")
+        place = out_dir if not is_new else settings.init_from
+        raise UserError(f"{folder} was made with tokenizer {meta['tokenizer']['name']}, {place} with {tokenizer['name']}")
 
     train_data, val_data = (
         TokenData(folder, split, config.block_size, config.vocab_size, settings.seed) for split in ("train", "val")
     )
+    sizes = shard_sizes(train_data, val_data)
+    if resumed and "dataset" not in found["changed"]:
+        check_shards({folder / name: size for name, size in resumed.get("shards", {}).items()})
     val_meta = meta["splits"]["val"] if meta else None
     bits_per_nat = val_meta["tokens"] / val_meta["bytes"] / math.log(2) if val_meta else None  # per byte of the text
 
     files = [f for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if f.exists() and f.stat().st_size]
-    if not checkpoint and not settings.overwrite and files:
+    if is_new and not settings.overwrite and files:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
-    model = build_model(config, checkpoint and checkpoint["model"], device, dtype)
-    if settings.gates is not None and not checkpoint:
+    use_compile = device.type == "cuda" and not settings.lisa_layers if settings.compile is None else settings.compile
+    model = build_model(config, checkpoint and checkpoint["model"], settings, device, dtype, use_compile)
+    if settings.gates is not None and is_new:
         try:
             model.set_gates(read_gates(settings.gates, config))
         except ValueError as error:
             raise UserError(f"--gates={settings.gates}: {error}") from None
     for gate in model.gates():
         gate.requires_grad_(not settings.freeze_gates and settings.gates is None)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
     count = model.count_params()
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
     print(
         f"{config.norm}: {config.n_layer} layers x {config.n_embd}, {count['total']:,} parameters "
         f"({count['active']:,} active, {count['non_embedding']:,} without embedding and head), "
-        f"{dtype} on {device}, {len(train_data):,} windows of {config.block_size} tokens in {folder}"
+        f"{dtype} on {f'{processes.size} x ' * (processes.size > 1)}{device.type if processes.size > 1 else device}, "
+        f"{len(train_data):,} windows of {config.block_size} tokens in {folder}"
     )
 
     def describe(loss):
@@ -400,99 +882,173 @@ def main():
         return text, record
 
     if settings.eval_only:
-        print(f"step {checkpoint['step']}: {describe(evaluate(model, val_data, settings, device, autocast))[0]}")
+        loss = evaluate(model, val_data, settings, device, autocast, processes)
+        print(f"step {checkpoint['step']}: {describe(loss)[0]}")
         return
 
     # -- optimizer
     groups = model.optimizer_groups(settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=True)
-    step = 0
-    if checkpoint:
+    for group in groups:
+        group["betas"] = settings.beta1, settings.beta2
+        if settings.decay_vectors:
+            group["weight_decay"] = settings.weight_decay
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, fused=True)
+    step = skipped = 0
+    val_loss = None
+    if resumed:
         try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError) as error:
+            load_optimizer(optimizer, resumed["optimizer"], groups)
+        except (ValueError, KeyError, IndexError) as error:
             raise UserError(f"the optimizer state in {out_dir}/ckpt.pt does not fit the model: {error}") from None
-        for group, new in zip(optimizer.param_groups, groups):
-            group.update(weight_decay=new["weight_decay"], betas=(settings.beta1, settings.beta2))
-        step = checkpoint["step"]
+        step, skipped, val_loss = resumed["step"], resumed.get("skipped", 0), resumed["val_loss"]
+        if processes.sum(step)[0] != step * processes.size:
+            raise UserError(f"the processes see different checkpoints: {out_dir} must be one folder for all of them")
     gates = [g for g in model.gates() if g.requires_grad]
     others = [p for group in optimizer.param_groups if group["name"] != "gates" for p in group["params"]]
+    start_step = saved_step = step
 
     # -- log: kept up to the step that is continued
-    out_dir.mkdir(parents=True, exist_ok=True)
-    log_path = out_dir / "log.jsonl"
-    kept = read_log(log_path, step) if checkpoint else []
-    log_path.with_suffix(".partial").write_text("".join(kept))
-    log_path.with_suffix(".partial").replace(log_path)
-    log_file = open(log_path, "a", buffering=1)
+    log_path, log_file, is_evaluated = out_dir / "log.jsonl", None, False
+    if is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        kept = read_log(log_path, step) if resumed else []
+        is_evaluated = any(json.loads(line)["step"] == step and "val_loss" in json.loads(line) for line in kept)
+        log_path.with_suffix(".partial").write_text("".join(kept))
+        log_path.with_suffix(".partial").replace(log_path)
+        log_file = open(log_path, "a", buffering=1)
+    is_evaluated = processes.sum(is_evaluated)[0] > 0
+    loggers = open_loggers(settings, processes.rank)
 
     def log(record):
-        log_file.write(json.dumps(record) + "\n")
+        if is_main:
+            log_file.write(json.dumps(record) + "\n")
+        for logger in loggers:
+            logger(record["step"], flat(record))
 
-    def stop_unless_finite(name, value):
-        if not math.isfinite(value):
-            raise UserError(f"{name} is {value} at step {step}; {out_dir}/ckpt.pt is from before, a lower learning_rate may help")
+    if resumed and found["changed"]:
+        for name, (before, now) in found["changed"].items():
+            print(f"{name}: {before} before, {now} now")
+        log({"step": step, "changed": found["changed"]})
+
+    def stop_where_not_finite(what, batches):
+        where = processes.first(first_non_finite(model, batches, autocast))
+        print_where = f"the first value that is not finite is {where}" if where else "a second pass over it was finite"
+        safe = f"{out_dir}/ckpt.pt is from step {saved_step}" if (out_dir / "ckpt.pt").exists() else "nothing was saved yet"
+        raise UserError(f"{what}; {print_where}; {safe}, a lower learning_rate may help")
 
     # -- loop
-    use_compile = device.type == "cuda" if settings.compile is None else settings.compile
-    net = torch.compile(model) if use_compile else model
+    net = compiled = torch.compile(model) if use_compile and not settings.shard else model
+    if processes.size > 1 and not settings.shard:
+        net = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     known_peaks = [peak for name, peak in PEAK_TFLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)]
-    peak_flops = 1e12 * (settings.peak_tflops or (known_peaks[0] if known_peaks else 0))
+    peak_flops = 1e12 * processes.size * (settings.peak_tflops or (known_peaks[0] if known_peaks else 0))
     report_batch = get_batch(val_data, 0, min(8, len(val_data)), device)
-    started, start_step, last_time, last_step, train_seconds = time.monotonic(), step, time.monotonic(), step, 0.0
-    net.train()
+    micro_steps = range(processes.rank, settings.gradient_accumulation_steps, processes.size)
+
+    def read_step(step):
+        """This process's micro-batches of a step."""
+        check_shards(sizes)
+        first = step * settings.gradient_accumulation_steps
+        n = settings.batch_size
+        return [get_batch(train_data, (first + micro) * n, n, device) for micro in micro_steps]
+
+    spent = Counter()  # seconds
+
+    @contextmanager
+    def timed(name):
+        start = time.monotonic()
+        yield
+        spent[name] += time.monotonic() - start
+
+    started, last_time, last_step, train_seconds = time.monotonic(), time.monotonic(), step, 0.0
+    batches = read_step(step) if step < settings.max_iters else []
+    is_stopping = False
+    stop.listen(out_dir)
+    model.train()
     while True:
         is_last = step >= settings.max_iters
-        is_resumed_here = checkpoint and step == start_step  # evaluated and logged before the interruption
-        if (step % settings.eval_interval == 0 or is_last) and not is_resumed_here:
-            train_seconds += time.monotonic() - last_time
-            text, record = describe(evaluate(net, val_data, settings, device, autocast))
-            stop_unless_finite("validation loss", record["val_loss"])
-            print(f"step {step:5d}: {text}")
-            log({"step": step, **record, **stream_report(model, *report_batch, autocast)})
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "config": asdict(config),
-                "step": step,
-                "settings": asdict(settings),
-                "tokenizer": tokenizer,
-                "val_loss": record["val_loss"],
-            }
-            save_checkpoint(out_dir / "ckpt.pt", state)
-            last_time = time.monotonic()
-        if is_last:
+        is_due = (step % settings.eval_interval == 0 or is_last) and not (is_evaluated and step == start_step)
+        train_seconds += time.monotonic() - last_time
+        if is_due:
+            with timed("evaluation"):
+                check_shards(sizes)
+                val_loss = evaluate(compiled, val_data, settings, device, autocast, processes)
+                if not math.isfinite(val_loss):
+                    stop_where_not_finite(f"validation loss is {val_loss} at step {step}", [report_batch])
+                text, record = describe(val_loss)
+                print(f"step {step:5d}: {text}")
+                report = stream_report(model, *report_batch[:2], autocast) if is_main or settings.shard else {}
+                log({"step": step, **record, **report})
+        if is_due or (is_stopping and step != saved_step and not skipped):
+            with timed("checkpoints"):
+                state = {
+                    "model": portable(model.state_dict(), processes.rank),
+                    "optimizer": portable(optimizer.state_dict(), processes.rank),
+                    "config": asdict(config),
+                    "step": step,
+                    "settings": asdict(settings),
+                    "tokenizer": tokenizer,
+                    "val_loss": val_loss,
+                    "skipped": skipped,
+                    "shards": {path.name: size for path, size in sizes.items()},
+                }
+                if is_main:
+                    save_checkpoint(out_dir / "ckpt.pt", state)
+                saved_step = step
+        last_time = time.monotonic()
+        if is_stopping or is_last:
             break
 
         lr = learning_rate(step, settings)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=device)
-        for micro in range(settings.gradient_accumulation_steps):
-            first = (step * settings.gradient_accumulation_steps + micro) * settings.batch_size
-            x, y = get_batch(train_data, first, settings.batch_size, device)
-            with autocast():
-                part = net(x, y)[1] / settings.gradient_accumulation_steps
-            part.backward()
-            loss += part.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(others, settings.grad_clip or math.inf)
-        if gates:
-            gate_norm = torch.nn.utils.clip_grad_norm_(gates, settings.gate_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-
-        if step % settings.log_interval == 0:
-            record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
-            stop_unless_finite("loss", record["loss"])
-            stop_unless_finite("gradient norm", record["grad_norm"])
+        if settings.lisa_layers and (step == start_step or step % settings.lisa_interval == 0):
+            draw_layers(model, optimizer, step, settings, trained)
+            if processes.size > 1:  # which gradients it waits for is settled when it is made
+                net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # The mean over all tokens of the step that have a target, wherever they are: each micro-batch's mean counts by
+        # its number of them. DDP and FSDP divide the sum of gradients by the number of processes, hence the factor.
+        n_targets = processes.sum(sum(n for *_, n in batches))[0]
+        if not n_targets:
+            raise UserError(f"no token of step {step} has a target: its examples are prompts only, or cut before the answer")
+        loss = 0
+        with timed("compilation" if use_compile and step == start_step else "steps"):
+            for i, (x, y, n) in enumerate(batches):
+                # Under DDP gradients are exchanged once a step. FSDP exchanges them in each micro-step, since the sum
+                # of what is not yet exchanged is as large as the whole model.
+                is_quiet = net is not compiled and i < len(batches) - 1
+                with net.no_sync() if is_quiet else nullcontext():
+                    with autocast():
+                        part = net(x, y)[1] * (n * processes.size / n_targets)
+                    part.backward()
+                loss = loss + part.detach() / processes.size
+        these, batches = batches, read_step(step + 1) if step + 1 < settings.max_iters else []  # while the device computes
+        with timed("steps"):
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(others, settings.grad_clip or math.inf)).item()
+            gate_norm = 0.0
+            if gates:
+                gate_norm = whole(torch.nn.utils.clip_grad_norm_(gates, settings.gate_clip or math.inf)).item()
+            loss, n_stops = processes.sum(loss.item(), stop.number > 0)
+            is_finite = math.isfinite(loss + grad_norm + gate_norm)
+            if is_finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step, skipped, is_stopping = step + 1, 0 if is_finite else skipped + 1, n_stops > 0
+        if not is_finite:
+            what = f"loss is {loss}, gradient norm {grad_norm} at step {step}, lr {lr:.2e}"
+            if skipped >= settings.nan_patience:
+                stop_where_not_finite(f"{what}, {skipped} such steps in a row", these)
+            print(f"step {step:5d}: {what}: skipped")
+            log({"step": step, "skipped": skipped, "lr": lr})
+        elif step % settings.log_interval == 0:
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
             now = time.monotonic()
             train_seconds += now - last_time
             rate = (step - last_step) * tokens_per_step / max(train_seconds, 1e-9)
             last_time, last_step, train_seconds = now, step, 0.0
             record["tokens_per_s"] = round(rate, 1)
             if gates:
-                record["gate_grad_norm"] = gate_norm.item()
+                record["gate_grad_norm"] = gate_norm
             reached = f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
             if peak_flops:
                 record["mfu"] = model.mfu(rate, peak_flops)
@@ -503,9 +1059,22 @@ def main():
                 f"{rate:,.0f} tokens/s, {reached}, {clock(left)} left"
             )
             log(record)
+        if use_compile and step == start_step + 1:
+            print(f"the first step took {clock(spent['compilation'])}, with compilation")
 
-    print(f"done in {clock(time.monotonic() - started)}: {out_dir}/ckpt.pt, {out_dir}/log.jsonl")
-    if tokenizer:
+    processes.wait()  # for the checkpoint
+    if is_stopping and not is_last:
+        number = stop.number or signal.SIGTERM
+        print(
+            f"{signal.Signals(number).name}: stopped at step {step}, {out_dir}/ckpt.pt is of step {saved_step}; "
+            f"continue with --init_from=resume --out_dir={out_dir}"
+        )
+        sys.exit(128 + number)
+    total = time.monotonic() - started
+    spent["the rest"] = total - spent.total()
+    parts = ", ".join(f"{name} {seconds / max(total, 1e-9):.1%}" for name, seconds in spent.items())
+    print(f"done in {clock(total)} ({parts}): {out_dir}/ckpt.pt, {out_dir}/log.jsonl")
+    if tokenizer and (is_main or settings.shard):
         print("a sample:\n" + write_sample(model, tokenizer, "", settings, device, autocast))
 
 

@@ -1,10 +1,18 @@
 """train.py as a program: a small run, what it leaves behind, and what a mistake is answered with."""
 
+import contextlib
+import io
 import json
 import math
+import os
+import resource
+import signal
 import subprocess
 import sys
+import types
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -12,14 +20,36 @@ from conftest import ROOT
 import configurator
 import prepare_data
 import train
-from model import GPT, GPTConfig
+from model import GPT, SCHEMES, GPTConfig
 
 SMALL = "--n_layer=2 --n_embd=32 --n_head=2 --block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --dataset=d".split()
 SHORT = "--max_iters=8 --eval_interval=4 --eval_iters=4 --log_interval=2 --warmup_iters=2 --sample_tokens=20 --device=cpu".split()
 
 
-def call(*args, cwd, program="train.py"):
-    return subprocess.run([sys.executable, ROOT / program, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small wait for threads longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(*args, cwd):
+    """What `python train.py *args` does in the folder cwd, in this process: starting one takes longer than these runs."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    argv, code = ["train.py", *map(str, args)], 0
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch.object(sys, "argv", argv):
+            try:
+                configurator.run(train.main)
+            except SystemExit as stop:
+                code = stop.code
+    texts = [stream.seek(0) or stream.read() for stream in (out, err)]
+    return subprocess.CompletedProcess(argv, code, *texts)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +70,41 @@ def read_log(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def losses(run):
+    """(step, loss, validation loss, gradient norm) of a run's log."""
+    names = "step", "loss", "val_loss", "grad_norm"
+    return [tuple(r.get(n) for n in names) for r in read_log(run / "log.jsonl") if "changed" not in r]
+
+
+def equal(a, b):
+    """Whether two nested dicts and lists hold the same to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[n], b[n]) for n in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@contextlib.contextmanager
+def at_step(k, act):
+    """Calls `act` when a run begins step k."""
+    rate = train.learning_rate
+
+    def learning_rate(step, settings):
+        if step == k:
+            act()
+        return rate(step, settings)
+
+    with mock.patch.object(train, "learning_rate", learning_rate):
+        yield
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def unigram_loss(folder, dataset):
     """Cross-entropy in nats of the held-out tokens under the training tokens' frequencies, one added to each count."""
-    import numpy as np
 
     def count(split):
         return sum(np.bincount(prepare_data.open_shard(p), minlength=257) for p in (folder / "data" / dataset).glob(f"{split}_*.bin"))
@@ -109,8 +171,8 @@ def test_resume_continues(folder):
     assert "max_iters: 4 before, 8 now" in done.stdout
     whole, parts = (torch.load(folder / d / "ckpt.pt", weights_only=True)["model"] for d in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    losses = [[(r["step"], r.get("loss"), r.get("val_loss")) for r in read_log(folder / d / "log.jsonl")] for d in ("whole", "parts")]
-    assert losses[0] == losses[1]
+    assert losses(folder / "whole") == losses(folder / "parts")
+    assert {"step": 4, "changed": {"max_iters": [4, 8]}} in read_log(folder / "parts" / "log.jsonl")
 
 
 def test_training_beats_a_unigram_model(folder):
@@ -133,24 +195,355 @@ def test_gates_of_another_run(folder):
         assert r.get("gates", final) == pytest.approx(final)
 
 
-def test_divergence_keeps_the_last_good_checkpoint(folder):
+# -- resume and faults --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("i, norm", list(enumerate(SCHEMES)))
+def test_exact_resume(folder, i, norm):
+    """Stopped by SIGTERM after step k and resumed: every logged loss, the weights and the moments to the bit."""
+    norm = ("gpas_" if i % 2 else "") + norm
+    args = [*SMALL, *SHORT, f"--norm={norm}", "--dtype=float32", "--max_iters=6", "--eval_interval=3", "--log_interval=1"]
+    args += ["--n_layer=4"] * (norm == "gpas_mix")  # a quarter of two layers is none
+    assert call(*args, f"--out_dir=whole-{norm}", cwd=folder).returncode == 0
+    parts = f"parts-{norm}"
+    with at_step(i % 6, terminate):
+        done = call(*args, f"--out_dir={parts}", cwd=folder)
+    if i % 6 < 5:
+        assert done.returncode == 143 and f"SIGTERM: stopped at step {i % 6 + 1}" in done.stdout
+    done = call(f"--out_dir={parts}", "--init_from=resume", "--dtype=float32", "--device=cpu", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = (train.load_checkpoint(folder / d) for d in (f"whole-{norm}", parts))
+    assert equal(whole["model"], resumed["model"]) and equal(whole["optimizer"], resumed["optimizer"])
+    assert losses(folder / f"whole-{norm}") == losses(folder / parts)
+
+
+def test_a_signal_to_a_process(folder):
+    """SIGINT to the program itself: one line, 130, and a checkpoint of the step that it names; then it goes on."""
+    args = [*SMALL, *SHORT, "--max_iters=100000", "--out_dir=signalled", "--log_interval=1", "--eval_interval=100000"]
+    process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *args], cwd=folder, stdout=-1, stderr=-1, text=True, env=ONE_THREAD)
+    while "step     3: loss" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130 and "SIGINT: ends after this step" in err and len(err.splitlines()) == 1
+    step = train.load_checkpoint(folder / "signalled")["step"]
+    assert step >= 3 and f"SIGINT: stopped at step {step}, signalled/ckpt.pt is of step {step}" in out
+    done = call("--out_dir=signalled", "--init_from=resume", f"--max_iters={step + 2}", "--device=cpu", cwd=folder)
+    assert done.returncode == 0 and train.load_checkpoint(folder / "signalled")["step"] == step + 2
+
+
+def in_a_child(act):
+    """Exit status of a forked child that does `act`."""
+    child = os.fork()
+    if not child:
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def test_a_second_signal_ends_at_once():
+    def act():
+        with train.StopRequest(speaks=False) as stop:
+            stop.listen("run")
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert os.waitstatus_to_exitcode(in_a_child(act)) == 130
+
+
+@pytest.mark.parametrize("call_name, nth", [("fsync", 1), ("link", 1), ("unlink", 1), ("replace", 1), ("fsync", 2)])
+def test_kill_while_saving(tmp_path, call_name, nth):
+    """kill -9 before any of the calls that put a checkpoint in its place: the last one, or the new one, is there."""
+    for step in (1, 2):
+        train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(step))
+    calls, original, third = [], getattr(os, call_name), checkpoint_of_step(3)
+
+    def kill(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    def act():
+        setattr(os, call_name, kill)
+        train.save_checkpoint(tmp_path / "ckpt.pt", third)
+
+    assert os.waitstatus_to_exitcode(in_a_child(act)) == -signal.SIGKILL
+    assert train.load_checkpoint(tmp_path)["step"] == (3 if (call_name, nth) == ("fsync", 2) else 2)
+    train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(4))
+    assert train.load_checkpoint(tmp_path)["step"] == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_previous.pt"]
+
+
+def checkpoint_of_step(step):
+    weights = {"w": torch.full((5_000,), float(step))}
+    return {"model": weights, "optimizer": {}, "config": {}, "settings": {}, "step": step, "tokenizer": None}
+
+
+def test_a_disk_that_is_full(folder, tmp_path):
+    """The checkpoint does not fit: the one before stays, and the message says so."""
+    args = [*SMALL, *SHORT, "--max_iters=2", f"--out_dir={tmp_path}"]
+    assert call(*args, cwd=folder).returncode == 0
+    before, size = (tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "ckpt.pt").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        done = call(f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=4", "--device=cpu", cwd=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.returncode == 2 and "ckpt.pt: File too large; what was saved before is untouched" in done.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_previous_offered(folder, tmp_path, damage):
+    args = [*SMALL, *SHORT, "--max_iters=6", "--eval_interval=3", "--dtype=float32", "--log_interval=1", f"--out_dir={tmp_path}"]
+    assert call(*args, cwd=folder).returncode == 0
+    before, path = losses(tmp_path), tmp_path / "ckpt.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    if damage == "remove":
+        path.unlink()
+    resume = [f"--out_dir={tmp_path}", "--init_from=resume", "--dtype=float32", "--device=cpu"]
+    done = call(*resume, cwd=folder)
+    offer = f"mv {tmp_path}/ckpt_previous.pt {path}"
+    assert done.returncode == 2 and f"the one before it is whole, of step 3: {offer}" in done.stderr and str(path) in done.stderr
+    subprocess.run(offer.split(), check=True)
+    assert call(*resume, cwd=folder).returncode == 0
+    assert losses(tmp_path) == before
+    (tmp_path / "ckpt_previous.pt").write_bytes(b"")
+    path.write_bytes(b"")
+    assert "ckpt_previous.pt cannot be read either" in call(*resume, cwd=folder).stderr
+
+
+@contextlib.contextmanager
+def broken_model(hook):
+    """Every model that is built runs through hook(model) first."""
+    build = train.build_model
+
+    def build_model(*args):
+        model = build(*args)
+        hook(model)
+        return model
+
+    with mock.patch.object(train, "build_model", build_model):
+        yield
+
+
+def test_a_non_finite_value_is_traced_to_its_layer(folder, tmp_path):
+    args = [*SMALL, *SHORT, "--dtype=float32", "--eval_interval=100", f"--out_dir={tmp_path}"]
+    assert call(*args, "--max_iters=4", cwd=folder).returncode == 0
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    resume = ["--init_from=resume", "--max_iters=20", f"--out_dir={tmp_path}", "--dtype=float32", "--device=cpu"]
+
+    def forward(model):
+        model.blocks[1].mlp.up_proj.register_forward_hook(lambda m, x, y: y * math.inf if m.training else y)
+
+    def backward(model):
+        def hook(module, x, y):
+            if y.requires_grad:
+                y.register_hook(lambda g: g * math.nan)
+
+        model.blocks[0].attn.v_proj.register_forward_hook(hook)
+
+    for hook, place in ((forward, "the output of blocks.1.mlp.up_proj"), (backward, "of blocks.0.attn")):
+        with broken_model(hook):
+            done = call(*resume, "--nan_patience=2", cwd=folder)
+        assert done.returncode == 2 and "at step 6, lr" in done.stderr and "2 such steps in a row" in done.stderr
+        assert place in done.stderr and "ckpt.pt is from step 4" in done.stderr and len(done.stderr.splitlines()) == 1
+        assert (tmp_path / "ckpt.pt").read_bytes() == before
+        assert read_log(tmp_path / "log.jsonl")[-1]["skipped"] == 1
+
+
+def test_a_passing_non_finite_value_is_skipped(folder, tmp_path):
+    """Steps 3 and 4 lose their gradient: they change nothing, the others go on."""
+    passes = []
+
+    def hook(model):
+        def forget(module, x, y):
+            if module.training and y.requires_grad:
+                passes.append(0)
+                return y * math.nan if 4 < len(passes) <= 8 else y
+
+        model.lm_head.register_forward_hook(forget)
+
+    args = [*SMALL, *SHORT, "--log_interval=1", "--eval_interval=100", f"--out_dir={tmp_path}"]
+    with broken_model(hook), mock.patch.object(train, "stream_report", lambda *_: {}):
+        done = call(*args, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    log = read_log(tmp_path / "log.jsonl")
+    assert [r["step"] for r in log if "skipped" in r] == [3, 4]
+    assert all(math.isfinite(r["loss"]) for r in log if "loss" in r) and math.isfinite(log[-1]["val_loss"])
+
+
+def test_weights_that_overflow_keep_the_last_good_checkpoint(folder):
     args = [*SMALL, *SHORT, "--norm=post", "--max_iters=4", "--dtype=float32"]
     assert call(*args, cwd=folder).returncode == 0
-    before, log = ((folder / "out-post" / name).read_bytes() for name in ("ckpt.pt", "log.jsonl"))
+    before = (folder / "out-post" / "ckpt.pt").read_bytes()
     done = call("--norm=post", "--init_from=resume", "--max_iters=20", "--learning_rate=1e38", "--log_interval=100", cwd=folder)
-    assert done.returncode == 2 and "validation loss is nan at step 8" in done.stderr
+    assert done.returncode == 2 and " is nan" in done.stderr and "the first value that is not finite is" in done.stderr
     assert (folder / "out-post" / "ckpt.pt").read_bytes() == before
-    assert (folder / "out-post" / "log.jsonl").read_bytes() == log
 
 
-def test_compiled_run_equals_the_eager_one(folder):
-    args = [*SMALL, *SHORT, "--norm=gpas_peri", "--dtype=float32", "--max_iters=4"]
-    assert call(*args, "--out_dir=eager", cwd=folder).returncode == 0
-    done = call(*args, "--out_dir=compiled", "--compile", cwd=folder)
+@pytest.mark.parametrize("harm, message", [(os.unlink, "has gone"), (lambda p: os.truncate(p, 2000), "has 2000 bytes")])
+def test_a_shard_that_changes_is_named(folder, tmp_path, harm, message):
+    data = tmp_path / "d"
+    data.mkdir()
+    for path in (folder / "data" / "d").iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    args = [*SMALL, *SHORT, f"--dataset={data}", f"--out_dir={tmp_path}/run"]
+    with at_step(2, lambda: harm(data / "train_000000.bin")):
+        done = call(*args, cwd=folder)
+    assert done.returncode == 2 and f"shard {data}/train_000000.bin {message}" in done.stderr
+    assert train.load_checkpoint(tmp_path / "run")["step"] == 0
+
+
+# -- compilation, loggers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["gpas_pre", "deepnorm", "gpas_mix", "lns"])
+def test_one_graph_to_train_and_one_to_evaluate(folder, tmp_path, norm):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    original, after_first = torch.compile, []
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    args = [*SMALL, *SHORT, f"--norm={norm}", "--compile", f"--out_dir={tmp_path}", "--n_layer=4"]
+    with mock.patch.object(torch, "compile", lambda model: original(model, backend="eager")):
+        with at_step(5, lambda: after_first.append(graphs())):  # after the evaluations at 0 and 4
+            done = call(*args, cwd=folder)
     assert done.returncode == 0, done.stderr
-    eager, compiled = (read_log(folder / d / "log.jsonl")[-1] for d in ("eager", "compiled"))
-    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], abs=1e-4)
-    assert set(torch.load(folder / "compiled" / "ckpt.pt")["model"]) == set(torch.load(folder / "eager" / "ckpt.pt")["model"])
+    assert after_first == [2] and graphs() == 2
+    assert "the first step took" in done.stdout and "compilation" in done.stdout
+
+
+def test_compiled_run_equals_the_eager_one(folder, tmp_path):
+    """Through the compiler's front end; its C++ back end, a minute's work, is tests/benchmark.py's to run."""
+    args = [*SMALL, *SHORT, "--norm=gpas_peri", "--dtype=float32", "--max_iters=4", "--log_interval=1"]
+    assert call(*args, f"--out_dir={tmp_path}/eager", cwd=folder).returncode == 0
+    original = torch.compile
+    with mock.patch.object(torch, "compile", lambda model: original(model, backend="aot_eager")):
+        done = call(*args, f"--out_dir={tmp_path}/compiled", "--compile", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    eager, compiled = (read_log(tmp_path / d / "log.jsonl")[-1] for d in ("eager", "compiled"))
+    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-5)
+    assert train.load_checkpoint(tmp_path / "compiled")["model"].keys() == train.load_checkpoint(tmp_path / "eager")["model"].keys()
+
+
+def test_recomputed_blocks_change_nothing(folder, tmp_path):
+    args = [*SMALL, *SHORT, "--norm=gpas_sandwich", "--dtype=float32", "--log_interval=1"]
+    for name, flags in (("kept", []), ("again", ["--recompute"])):
+        assert call(*args, *flags, f"--out_dir={tmp_path / name}", cwd=folder).returncode == 0
+    assert losses(tmp_path / "kept") == losses(tmp_path / "again")
+
+
+def test_wandb_and_tensorboard(folder, tmp_path, monkeypatch):
+    args = [*SMALL, *SHORT, "--norm=gpas_pre", "--max_iters=4"]
+    logged, scalars = [], []
+    board = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: board))
+    writer = types.SimpleNamespace(add_scalar=lambda *args: scalars.append(args))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda folder: writer))
+    assert call(*args, "--wandb", "--tensorboard", f"--out_dir={tmp_path}/a", cwd=folder).returncode == 0
+    assert [step for step, _ in logged] == [0, 2, 4, 4] and {"variance/1", "variance/2", "val_loss"} <= logged[0][1].keys()
+    assert ("loss", logged[1][1]["loss"], 2) in scalars
+    for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        monkeypatch.setitem(sys.modules, module, None)
+        done = call(*args, f"--{name}", f"--out_dir={tmp_path}/{name}", cwd=folder)
+        assert done.returncode == 2 and f"pip install {name}" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# -- fine-tuning, targets without loss ----------------------------------------------------------------------------------
+
+
+class Masked(prepare_data.TokenData):
+    """TokenData without a loss on most targets, and none at all in every third row."""
+
+    def rows(self, first, n):
+        x, y = super().rows(first, n)
+        y = y.copy()
+        y[(x * 7 + np.arange(first, first + n)[:, None]) % 3 > 0] = -100
+        y[np.arange(first, first + n) % 3 == 0] = -100
+        return x, y
+
+
+def test_every_token_with_a_target_weighs_the_same(folder, tmp_path):
+    """The logged loss and gradient norm of a step are those of its whole batch, whatever its micro-batches are; one of
+    them without a single target does no harm."""
+    step = "--batch_size=1 --gradient_accumulation_steps=6 --max_iters=2 --log_interval=1 --grad_clip=0 --dtype=float64".split()
+    with mock.patch.object(train, "TokenData", Masked):
+        done = call(*SMALL, *SHORT, *step, f"--out_dir={tmp_path}", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        config = GPTConfig(**train.load_checkpoint(tmp_path)["config"])
+        data, val = (Masked(folder / "data" / "d", split, 32, 257, seed=1337) for split in ("train", "val"))
+    model = train.build_model(config, None, train.Settings(), torch.device("cpu"), "float64")
+    x, y = map(torch.from_numpy, data.rows(0, 6))
+    loss = model(x, y)[1]
+    loss.backward()
+    record, first, last = (read_log(tmp_path / "log.jsonl")[i] for i in (1, 0, -1))
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    norm = sum((p.grad**2).sum() for p in model.parameters()).sqrt().item()
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-9)
+    x, y = map(torch.from_numpy, val.rows(0, 4))  # eval_iters batches of one row
+    model.zero_grad()
+    assert first["val_loss"] == pytest.approx(model(x, y)[1].item(), rel=1e-12)
+
+
+def test_a_step_without_targets_is_an_error(folder, tmp_path):
+    class Prompts(prepare_data.TokenData):
+        def rows(self, first, n):
+            x, y = super().rows(first, n)
+            return x, np.full_like(y, -100) if "train" in self.paths[0].name else y
+
+    with mock.patch.object(train, "TokenData", Prompts):
+        done = call(*SMALL, *SHORT, f"--out_dir={tmp_path}", cwd=folder)
+    assert done.returncode == 2 and "no token of step 0 has a target" in done.stderr
+
+
+def test_fine_tuning(folder):
+    """From a checkpoint's weights, with a schedule of its own and the gates frozen; then resumed as any run."""
+    base = train.load_checkpoint(folder / "out-gpas_pre")
+    args = "--dataset=d --max_iters=4 --batch_size=4 --eval_iters=4 --dtype=bfloat16 --device=cpu --log_interval=1".split()
+    done = call("--init_from=out-gpas_pre", *args, "--learning_rate=1e-3", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    tuned, log = train.load_checkpoint(folder / "out-gpas_pre-finetuned"), read_log(folder / "out-gpas_pre-finetuned" / "log.jsonl")
+    assert log[0]["val_loss"] == read_log(folder / "out-gpas_pre" / "log.jsonl")[-1]["val_loss"] and tuned["step"] == 4
+    assert tuned["config"] == base["config"] and tuned["settings"]["warmup_iters"] == 30  # not the base's 2
+    for name, w in tuned["model"].items():
+        assert torch.equal(w, base["model"][name]) == name.endswith("gate"), name
+    resume = ["--init_from=resume", "--out_dir=out-gpas_pre-finetuned", "--max_iters=6", "--dtype=bfloat16", "--device=cpu"]
+    assert call(*resume, cwd=folder).returncode == 0
+    assert read_log(folder / "out-gpas_pre-finetuned" / "log.jsonl")[-1]["gates"] == log[0]["gates"]
+    thawed = call("--init_from=out-gpas_pre/ckpt.pt", *args, "--freeze_gates=false", "--out_dir=thawed", "--block_size=16", cwd=folder)
+    assert thawed.returncode == 0, thawed.stderr
+    assert read_log(folder / "thawed" / "log.jsonl")[-1]["gates"] != log[0]["gates"]
+    done = call("--init_from=out-gpas_pre", *args, "--n_layer=3", "--out_dir=other", cwd=folder)
+    assert done.returncode == 2 and "out-gpas_pre is a model of n_layer 2 (given 3)" in done.stderr
+
+
+def test_lisa(folder):
+    """Two of six layers, the embedding and the head move in four steps of one draw; a resume draws the same."""
+    args = [*SMALL, *SHORT, "--norm=gpas_pre", "--n_layer=6", "--lisa_layers=2", "--lisa_interval=4", "--dtype=float32", "--log_interval=1"]
+    assert call(*args, "--max_iters=0", "--out_dir=lisa0", cwd=folder).returncode == 0
+    assert call(*args, "--out_dir=lisa8", cwd=folder).returncode == 0
+    with at_step(5, terminate):
+        assert call(*args, "--out_dir=lisa", cwd=folder).returncode == 143
+    with at_step(3, terminate):
+        assert call(*args, "--out_dir=lisa4", cwd=folder).returncode == 143
+    start, after = (train.load_checkpoint(folder / d)["model"] for d in ("lisa0", "lisa4"))
+    moved = {name.split(".")[1] if name.startswith("blocks") else name for name in start if not torch.equal(start[name], after[name])}
+    assert {"embed_tokens.weight", "lm_head.weight", "norm.weight"} < moved and len(moved) == 5
+    assert call("--out_dir=lisa", "--init_from=resume", "--dtype=float32", "--device=cpu", cwd=folder).returncode == 0
+    assert losses(folder / "lisa") == losses(folder / "lisa8")
+    last = train.load_checkpoint(folder / "lisa8")
+    assert equal(last["model"], train.load_checkpoint(folder / "lisa")["model"])
+    n_moments = len(last["optimizer"]["state"])
+    assert n_moments == 3 + 2 * len([n for n in start if n.startswith("blocks.0.")])  # none of what is frozen
+
+
+# -- data that others made, mistakes ------------------------------------------------------------------------------------
 
 
 def test_bare_shards_train(folder):
@@ -180,10 +573,17 @@ def test_bare_shards_train(folder):
         (["--vocab_size=100"], "vocab_size 100 is smaller than the 257"),
         (["--dtype=float8"], "unknown dtype 'float8'"),
         (["--device=cuda:77"], "device 'cuda:77' cannot be used"),
-        (["--init_from=gpt2"], "init_from is 'gpt2'; known: scratch, resume"),
+        (["--init_from=gpt2"], "no checkpoint gpt2/ckpt.pt"),
         (["--init_from=resume", "--out_dir=nothing"], "no checkpoint nothing/ckpt.pt"),
         (["--eval_only", "--out_dir=damaged"], "checkpoint damaged/ckpt.pt cannot be read"),
-        (["--sample=x", "--out_dir=code"], "checkpoint code/ckpt.pt cannot be read"),
+        (["--sample=x", "--out_dir=code"], "checkpoint code/ckpt.pt cannot be read: UnpicklingError"),
+        (["--init_from=resume", "--out_dir=code"], "checkpoint code/ckpt.pt cannot be read: UnpicklingError"),
+        (["--init_from=code"], "checkpoint code/ckpt.pt cannot be read: UnpicklingError"),
+        (["--shard"], "torchrun --nproc_per_node=N"),
+        (["--lisa_layers=3"], "lisa_layers is 3; the model has 2 layers"),
+        (["--lisa_layers=1", "--compile"], "does not go with compile"),
+        (["--nan_patience=0"], "nan_patience is 0"),
+        (["--dry_run", "--gpus=3"], "gradient_accumulation_steps 2 cannot be shared by 3 GPUs"),
         (["--dataset=truncated", "--vocab_size=257"], "truncated or damaged"),
         (["--dataset=other", "--vocab_size=257"], "is not a token shard"),
         (["--dataset=large", "--vocab_size=257"], "does not fit the vocabulary of 257"),
@@ -239,7 +639,7 @@ def test_stream_report_by_hand():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=3, n_embd=16, n_head=2, norm="gpas_pre"))
     torch.nn.init.constant_(model.blocks[1].gate, 0.3)
     x = torch.randint(0, 11, (2, 8))
-    report = train.stream_report(model, x, x, train.nullcontext)
+    report = train.stream_report(model, x, x, contextlib.nullcontext)
     h, expected = model.embed_tokens(x), []
     for block in model.blocks:
         h = block(h)
@@ -250,19 +650,6 @@ def test_stream_report_by_hand():
     model(x, x)[1].backward()
     norm = sum((p.grad**2).sum() for p in model.blocks[2].parameters()).sqrt().item()
     assert report["grad_norms"][2] == pytest.approx(norm, rel=1e-5)
-
-
-def test_a_failing_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "ckpt.pt"
-    train.save_checkpoint(path, {"step": 1})
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(train.UserError, match="No space left on device; what was saved before is untouched"):
-        train.save_checkpoint(path, {"step": 2})
-    assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_clock():

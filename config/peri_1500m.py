@@ -1,0 +1,5 @@
+"""Peri-LN Table 4, 1.5B without embedding and head. DCLM with cl100k_base; offline: --dataset=stdlib --vocab_size=0."""
+
+from config.peri import *
+
+n_layer, n_embd, n_hidden, n_head = 24, 2048, 8192, 16

@@ -1,0 +1,5 @@
+"""Peri-LN Table 4, 400M without embedding and head. DCLM with cl100k_base; offline: --dataset=stdlib --vocab_size=0."""
+
+from config.peri import *
+
+n_layer, n_embd, n_hidden, n_head = 24, 1024, 4096, 8

@@ -1,0 +1,197 @@
+"""train.py under torchrun, on gloo: the same curves for one and two processes, faults in one of them, sharding.
+
+What only GPUs can show, and nothing here does: nccl, the overlap of computation and exchange, the memory that sharding
+and recomputing save, and compilation under them.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train import SHORT, SMALL, Masked, call, equal, folder, losses, one_thread, read_log  # noqa: F401
+
+import train
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+RUN = [*SMALL, *SHORT, "--gradient_accumulation_steps=4", "--log_interval=1", "--dtype=float64"]
+
+# Several runs in one start of torchrun, which takes as long as all of them: each a list of arguments, and with names of
+# its own in the store, as it would have after a start of its own.
+WORKER = """
+import json, os, signal, sys
+from unittest import mock
+import numpy as np, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+import configurator, train
+from test_train import Masked
+
+ddp, exchanges = train.DistributedDataParallel, []
+
+def counted(*args, **kwargs):
+    net = ddp(*args, **kwargs)
+    def hook(state, bucket):
+        exchanges.append(1)
+        future = torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+        return future.then(lambda f: f.value()[0])
+    net.register_comm_hook(None, hook)
+    return net
+
+rate = train.learning_rate
+store, *place = next(train.dist.rendezvous("env://"))
+for i, args in enumerate(json.loads(sys.argv[1])):
+    train.dist.rendezvous = lambda url: iter([(torch.distributed.PrefixStore(str(i), store), *place)])
+    sys.stdout, sys.argv = sys.__stdout__, ["train.py"] + [a for a in args if not a.startswith(":")]
+    exchanges.clear()
+    def learning_rate(step, settings):
+        # the signal reaches one process only
+        if ":stop" in args and step == 4 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if ":die" in args and step == 4 and os.environ["RANK"] == "1":
+            raise configurator.UserError("one process fails")
+        return rate(step, settings)
+    data = Masked if ":mask" in args else train.TokenData
+    with mock.patch.object(train, "TokenData", data), mock.patch.object(train, "learning_rate", learning_rate):
+        with mock.patch.object(train, "DistributedDataParallel", counted if ":count" in args else ddp):
+            code = 0
+            try:
+                configurator.run(train.main)
+            except SystemExit as stop:
+                code = stop.code
+    sys.stdout.flush()
+    os.write(1, f"<rank {{os.environ['RANK']}} run {{i}} exit {{code}} exchanges {{len(exchanges)}}>\\n".encode())
+"""
+
+
+def port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):  # noqa: F811
+    """{name: {"exit": codes, "exchanges": counts}} of some runs in two processes, and what they said."""
+    script = tmp_path_factory.mktemp("worker") / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    small_rate = ["--learning_rate=3e-4", "--min_lr=3e-5", "--max_iters=20", "--eval_interval=10"]
+    all_runs = {
+        "float64": [*RUN, *small_rate, "--norm=gpas_pre", "--out_dir=two-float64", ":count"],
+        "float32": [*RUN, *small_rate, "--norm=gpas_deepnorm", "--out_dir=two-float32", "--dtype=float32"],
+        "masked": [*RUN, "--batch_size=1", "--out_dir=two-masked", ":mask"],
+        "whole": [*RUN, "--norm=gpas_lns", "--out_dir=two-whole", "--dtype=float32", "--lisa_layers=1", "--lisa_interval=3"],
+        "stopped": [*RUN, "--norm=gpas_lns", "--out_dir=two-parts", "--dtype=float32", "--lisa_layers=1", "--lisa_interval=3", ":stop"],
+        "resumed": ["--out_dir=two-parts", "--init_from=resume", "--dtype=float32", "--device=cpu"],
+        "shard": [*RUN, *small_rate, "--norm=gpas_pre", "--out_dir=two-shard", "--shard", "--recompute", ":stop"],
+        "reshard": [*RUN, "--out_dir=one-float64-4", "--init_from=resume", "--shard", "--max_iters=20", "--eval_interval=10"],
+        "uneven": [*RUN, "--gradient_accumulation_steps=3", "--out_dir=two-uneven"],
+        "unknown": [*RUN, "--norm=rms"],
+        "absent": [*RUN, "--dataset=nowhere", "--out_dir=two-absent"],
+        "admin": [*RUN, "--norm=admin", "--shard", "--out_dir=two-admin"],
+        "die": [*RUN, "--out_dir=two-die", ":die"],
+    }
+    one = [*RUN, *small_rate, "--norm=gpas_pre"]
+    assert call(*one, "--out_dir=one-float64", cwd=folder).returncode == 0
+    assert call(*one, "--out_dir=one-float64-4", "--max_iters=4", "--lr_decay_iters=20", cwd=folder).returncode == 0
+    command = [*TORCHRUN, "--nproc_per_node=2", f"--master_port={port()}", str(script), json.dumps(list(all_runs.values()))]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {name: {"exit": {}, "exchanges": {}} for name in all_runs}
+    for rank, i, code, n in re.findall(r"<rank (\d+) run (\d+) exit (\d+) exchanges (\d+)>", done.stdout):
+        result = results[list(all_runs)[int(i)]]
+        result["exit"][int(rank)], result["exchanges"][int(rank)] = int(code), int(n)
+    return results, done.stdout, [line for line in done.stderr.splitlines() if "error:" in line]
+
+
+def assert_close(a, b, tolerance):
+    """Two logs of the same steps, their numbers within a relative tolerance."""
+    assert [row[0] for row in a] == [row[0] for row in b] and len(a) > 2
+    for row, other in zip(a, b):
+        assert [v is None for v in row] == [v is None for v in other]
+        numbers = [[v for v in r if v is not None] for r in (row, other)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=tolerance, abs=0), row
+
+
+def test_two_processes_train_as_one(folder, runs):  # noqa: F811
+    assert runs[0]["float64"]["exit"] == runs[0]["float32"]["exit"] == {0: 0, 1: 0}
+    assert_close(losses(folder / "one-float64"), losses(folder / "two-float64"), 1e-9)
+    args = [*RUN, "--learning_rate=3e-4", "--min_lr=3e-5", "--max_iters=20", "--eval_interval=10", "--dtype=float32"]
+    assert call(*args, "--norm=gpas_deepnorm", "--out_dir=one-float32", cwd=folder).returncode == 0
+    drop_norm = lambda rows: [row[:3] for row in rows]
+    assert_close(drop_norm(losses(folder / "one-float32")), drop_norm(losses(folder / "two-float32")), 1e-5)
+
+
+def test_gradients_are_exchanged_once_a_step(runs):
+    """Two micro-steps per process: one exchange of one bucket for each of 20 steps."""
+    assert runs[0]["float64"]["exchanges"] == {0: 20, 1: 20}
+
+
+def test_masked_targets_weigh_the_same_in_two_processes(folder, runs, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train, "TokenData", Masked)
+    assert call(*RUN, "--batch_size=1", "--out_dir=one-masked", cwd=folder).returncode == 0
+    assert_close(losses(folder / "one-masked"), losses(folder / "two-masked"), 1e-9)
+
+
+def test_a_signal_to_one_process_stops_both_and_the_run_resumes_to_the_bit(folder, runs):  # noqa: F811
+    """With LISA, whose draws DDP must hear of."""
+    assert runs[0]["stopped"]["exit"] == {0: 143, 1: 143} and runs[0]["resumed"]["exit"] == {0: 0, 1: 0}
+    assert "SIGTERM: stopped at step 5" in runs[1]
+    whole, parts = (train.load_checkpoint(folder / d) for d in ("two-whole", "two-parts"))
+    assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])
+    assert losses(folder / "two-whole") == losses(folder / "two-parts")
+
+
+def test_only_rank_0_speaks_and_writes(folder, runs):  # noqa: F811
+    assert runs[1].count("done in") == sum(r["exit"] == {0: 0, 1: 0} for r in runs[0].values())
+    assert len([r for r in read_log(folder / "two-float64" / "log.jsonl") if "loss" in r]) == 20
+
+
+def test_a_sharded_run_is_the_plain_one_and_resumes_as_such(folder, runs):  # noqa: F811
+    """Sharded and recomputed, with gates of shape (1,): stopped at 5, resumed in one process without sharding; and a
+    plain run of 4 steps resumed with it."""
+    assert runs[0]["shard"]["exit"] == {0: 143, 1: 143} and runs[0]["reshard"]["exit"] == {0: 0, 1: 0}
+    sharded = train.load_checkpoint(folder / "two-shard")
+    assert sharded["step"] == 5 and all(type(w) is torch.Tensor for w in sharded["model"].values())
+    assert call("--out_dir=two-shard", "--init_from=resume", "--dtype=float64", "--device=cpu", cwd=folder).returncode == 0
+    assert_close(losses(folder / "one-float64"), losses(folder / "two-shard"), 1e-9)
+    reports = [[r for r in read_log(folder / d / "log.jsonl") if r["step"] == 0][0] for d in ("one-float64", "two-shard")]
+    for name in ("variance", "grad_norms", "gates"):
+        assert reports[0][name] == pytest.approx(reports[1][name], rel=1e-9)
+    after = lambda name: [row for row in losses(folder / name) if row[0] > 4]
+    assert_close(after("one-float64"), after("one-float64-4"), 1e-9)
+
+
+def test_a_mistake_is_one_line_whatever_the_number_of_processes(runs):
+    for name in ("uneven", "unknown", "absent", "admin", "die"):
+        assert runs[0][name]["exit"] == {0: 2, 1: 2}, name
+    said = ["3 cannot be shared by 2 processes", "unknown norm 'rms'", "no data set 'nowhere'", "norm admin", "one process fails"]
+    assert len(runs[2]) == len(said)
+    for line, expected in zip(runs[2], said):
+        assert expected in line
+
+
+def test_two_nodes(folder, runs):  # noqa: F811
+    """The two-node form of the README, both nodes on this machine."""
+    place = f"--rdzv_endpoint=127.0.0.1:{port()}"
+    command = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", place, "--local_addr=127.0.0.1"]
+    args = [*RUN, "--learning_rate=3e-4", "--min_lr=3e-5", "--max_iters=20", "--eval_interval=10", "--norm=gpas_pre"]
+    nodes = [
+        subprocess.Popen(
+            [*command, f"--node_rank={i}", str(ROOT / "train.py"), *args, "--out_dir=nodes"],
+            cwd=folder, stdout=-1, stderr=-1, text=True, env=environment(),
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        out, err = node.communicate(timeout=120)
+        assert node.returncode == 0, err[-3000:]
+    assert losses(folder / "nodes") == losses(folder / "two-float64")
