@@ -287,6 +287,7 @@ class GPTConfig:
     tie_embeddings: bool = False  # the head is the embedding table, and starts with its embed_std
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
     rope_theta: float = 10000.0  # base of the rotary embedding
+    rope_scaling: dict | None = None  # longer contexts, {"rope_type": a row of ROPE_SCALINGS in model.py, its numbers}
     # mixture of experts
     n_expert: int = 0  # experts in place of the MLP; 0: a dense MLP
     n_expert_active: int = 2  # top-k: experts that a token reaches
@@ -372,6 +373,13 @@ class GPTConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type")
+            if kind not in ROPE_SCALINGS:
+                raise ValueError(f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}")
+            names, given = ROPE_SCALINGS[kind][0], {n: v for n, v in self.rope_scaling.items() if n != "rope_type"}
+            if set(given) != set(names) or not all(type(v) in (int, float) and 0 < v < math.inf for v in given.values()):
+                raise ValueError(f"rope_scaling of type {kind} needs positive numbers {', '.join(names)}; got {given}")
         places = {p for l in range(1, self.n_layer + 1) for m in (False, True) for p in scheme.places(self, l, m)}
         without_effect = {
             "s_position": (self.s_position != "norm" and not scheme.s, "a scheme with s, such as lns"),
@@ -443,14 +451,36 @@ def to_matmul_dtype(x):
     return x
 
 
-def rotary_table(start, T, head_dim, theta, like):
+def llama3_scaling(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Llama 3.1's: frequencies that turn fewer than low_freq_factor times within the original context are divided by
+    the factor, those that turn more than high_freq_factor times stay, and those between are mixed."""
+    turns = original_max_position_embeddings * frequency / (2 * math.pi)
+    share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequency * (share + (1 - share) / factor)
+
+
+# What becomes of the rotary frequencies (head_dim / 2,): the names of the numbers of a rope_scaling, and the function.
+ROPE_SCALINGS = {
+    "linear": (("factor",), lambda frequency, factor: frequency / factor),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        llama3_scaling,
+    ),
+}
+
+
+def rotary_table(start, T, head_dim, theta, like, scaling=None):
     """Cosine and sine of the angles m * theta^(-2i / head_dim) of positions m = start ... start + T - 1, each
-    (T, head_dim / 2), in at least float32, on the device of `like`. Computed at each use: as cheap as it is to keep, and
-    a model on the meta device or in float64 needs no care."""
+    (T, head_dim / 2), in at least float32, on the device of `like`; `scaling` is GPTConfig's rope_scaling. Computed at
+    each use: as cheap as it is to keep, and a model on the meta device or in float64 needs no care."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim
     position = torch.arange(start, start + T, device=like.device, dtype=dtype)
-    angle = torch.outer(position, theta**-exponent)
+    frequency = theta**-exponent
+    if scaling:
+        numbers = {name: value for name, value in scaling.items() if name != "rope_type"}
+        frequency = ROPE_SCALINGS[scaling["rope_type"]][1](frequency, **numbers)
+    angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
 
 
@@ -484,7 +514,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.rope_theta, self.qk_norm = config.rope_theta, config.qk_norm
+        self.rope_theta, self.rope_scaling, self.qk_norm = config.rope_theta, config.rope_scaling, config.qk_norm
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
@@ -510,7 +540,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
 
         start = cache.length if cache else 0
-        cos, sin = rotary_table(start, T, self.head_dim, self.rope_theta, like=x)
+        cos, sin = rotary_table(start, T, self.head_dim, self.rope_theta, x, self.rope_scaling)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache:
             k, v = cache.append(k, v)
