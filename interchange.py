@@ -58,9 +58,9 @@ def fold(model):
     an attention without a norm at C, where the layer's input would need a factor of its own.
     """
     config = model.config
-    losses = (getattr(m, name, None) for m in model.modules() if isinstance(m, MoE) for name in ("balance_loss", "z_loss"))
     # A training step's router losses hang on its graph, which deepcopy refuses.
-    plain = copy.deepcopy(model, {id(loss): loss.detach() for loss in losses if loss is not None})
+    moes = [m for m in model.modules() if isinstance(m, MoE) and hasattr(m, "z_loss")]
+    plain = copy.deepcopy(model, {id(loss): loss.detach() for m in moes for loss in (m.balance_loss, m.z_loss)})
     plain.config = replace(
         config,
         norm=config.norm.removeprefix("gpas_"),
@@ -98,7 +98,7 @@ def fold(model):
             S = 1.0
             if block.b2t and f is block.attn:
                 # The MLP's norm is given the layer's input as it is, so the MLP has to come to D = layer_S.
-                S = layer_S / math.prod(gates[-1] for place in ("before", "sublayer") if place == residual.gpas_position)
+                S = layer_S / (gates[-1] if residual.gpas_position in ("before", "sublayer") else 1)
                 scale_norm(residual.post_norm, 1 / S)
             elif block.b2t and not math.isclose(D, layer_S):
                 raise ValueError(f"layer {l}: b2t adds the layer's input past a gate, which no weight can take up")
@@ -114,7 +114,7 @@ def gate_scales(block, l):
         return [1.0]
     scales = (1 - GPAS_ACTS[block.gpas_act](block.gate)).tolist()
     if min(map(abs, scales)) <= 1e-7:
-        raise ValueError(f"layer {l}: the gate {block.gate.tolist()} scales by 1 - act(a) = 0, and one cannot divide by it")
+        raise ValueError(f"layer {l}: the gate {block.gate.tolist()} scales by 1 - act(a) = 0, which cannot be undone")
     return scales
 
 
@@ -267,9 +267,10 @@ def qwen3_moe_fields(theirs):
     layers = [l for l in range(1, L + 1) if l - 1 not in dense and l % step == 0]
     every = layers[1] - layers[0] if len(layers) > 1 else L
     if not layers or layers != list(range(layers[0], L + 1, every)):
-        raise UserError(f"experts in layers {layers} of {L} are not every so-many-th layer from one on (moe_from, moe_every)")
+        raise UserError(f"experts in layers {layers} of {L}: ours are in every so-many-th layer (moe_from, moe_every)")
     if len(layers) < L and width != theirs["intermediate_size"]:
-        raise UserError(f"experts of width {width} beside dense layers of {theirs['intermediate_size']}: ours have one width")
+        dense = theirs["intermediate_size"]
+        raise UserError(f"experts of width {width} beside dense layers of width {dense}: ours are of one width")
     return {"moe_from": layers[0], "moe_every": every, "n_hidden": width}
 
 
@@ -285,7 +286,7 @@ def granite_fields(theirs):
         raise UserError(f"attention_multiplier is {scale}; only 1 / sqrt(head_dim) = {usual} is known here")
     number, rest = divmod(theirs.pop("shared_intermediate_size", 0), theirs["intermediate_size"])
     if rest:
-        raise UserError(f"shared_intermediate_size is not a multiple of the experts' width {theirs['intermediate_size']}")
+        raise UserError(f"shared_intermediate_size is no multiple of the experts' width {theirs['intermediate_size']}")
     return {"n_expert_shared": number}
 
 
@@ -410,15 +411,17 @@ def places_of(residual):
 
 
 def find_family(model, name=None):
-    """The name of the family that a folded model belongs to (`name`, if given); UserError says what the nearest lack."""
+    """The name of a folded model's family, which has to be `name` if that is given; UserError says what is amiss."""
     if name is not None and name not in FAMILIES:
         raise UserError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
     lacks = {n: list(misfits(family, model)) for n, family in FAMILIES.items() if name in (None, n)}
-    nearest = min(lacks, key=lambda n: len(lacks[n]))
-    if lacks[nearest]:
-        what = "has no counterpart in transformers; the nearest" if name is None else "is not of the family"
-        raise UserError(f"a model of norm {model.config.norm} {what}, {nearest}: {', '.join(lacks[nearest])}")
-    return nearest
+    fewest = min(map(len, lacks.values()))
+    nearest = {n: phrases for n, phrases in lacks.items() if len(phrases) == fewest}
+    if fewest:
+        what = "has no counterpart in transformers; the nearest are" if name is None else "is not"
+        reasons = "; ".join(f"{n}, but {' and '.join(phrases)}" for n, phrases in nearest.items())
+        raise UserError(f"a model of norm {model.config.norm} {what} {reasons}")
+    return next(iter(nearest))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,8 +441,8 @@ def names(family, config, ours):
 
 
 def swap_rotation(theirs, tensor, head_dim, is_back):
-    """The rows of a query or key matrix (heads * head_dim, ...), each head's pairs (i, i + head_dim / 2) brought next to
-    each other, or back; other tensors as they are."""
+    """The rows of a query or key matrix (heads * head_dim, ...) with each head's pairs (i, i + head_dim / 2) brought
+    next to each other, or back; other tensors as they are."""
     if not theirs.rpartition(".")[0].endswith(("q_proj", "k_proj")):
         return tensor
     pairs = (head_dim // 2, 2) if is_back else (2, head_dim // 2)
@@ -541,7 +544,7 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
     with torch.no_grad():
         difference = (back(idx)[0] - model(idx)[0]).abs().max().item()
     if not difference <= max_difference:
-        raise UserError(f"as {name} its logits differ by up to {difference:.2e}, more than max_difference {max_difference}")
+        raise UserError(f"as {name} its logits differ by {difference:.1e}, more than max_difference {max_difference}")
 
     folder = Path(folder)
     if folder.exists() and not overwrite:
@@ -635,9 +638,9 @@ def fields_of(theirs):
         raise UserError(f"config.json has sliding_window {window}, and attention here has no window")
     if set(theirs.pop("layer_types", None) or ["full_attention"]) != {"full_attention"}:
         raise UserError("config.json has layer_types other than full_attention, and attention here has no window")
-    unknown = [n for n, value in theirs.items() if n not in NO_EFFECT and not n.startswith("_") and value not in (None, False)]
-    if unknown:
-        raise UserError(f"config.json has {unknown[0]} {theirs[unknown[0]]!r}, which nothing here represents")
+    for name, value in theirs.items():
+        if name not in NO_EFFECT and not name.startswith("_") and value not in (None, False):
+            raise UserError(f"config.json has {name} {value!r}, which nothing here represents")
     try:
         norm = SCHEME_OF_PLACES[family.places]
         return family, GPTConfig(norm=norm, qk_norm=family.qk_norm, qkv_bias=family.qkv_bias, **fields)
@@ -730,7 +733,8 @@ def import_tokenizer(folder):
         model, cut = theirs["model"], theirs["pre_tokenizer"] or {}
         steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
         kinds = [step.get("type") for step in steps]
-        if model["type"] != "BPE" or theirs["normalizer"] is not None or kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        known = ["ByteLevel"], ["Split", "ByteLevel"]
+        if model["type"] != "BPE" or theirs["normalizer"] is not None or kinds not in known:
             normalizer = (theirs["normalizer"] or {}).get("type")
             return None, f"it is a {model['type']} with normalizer {normalizer} and pre-tokenizer {kinds}"
         pattern = steps[0]["pattern"]["Regex"] if len(steps) == 2 else GPT2_PATTERN
@@ -856,7 +860,8 @@ def load_run(out_dir):
 
 
 def save_run(model, out_dir, tokenizer):
-    """Writes an imported model as a run at step 0 that train.py continues, evaluates and samples; its data is out_dir/data."""
+    """Writes an imported model as a run at step 0, which train.py continues, evaluates and samples. Its data set is
+    out_dir/data, so that no text of another tokenizer is taken for its own."""
     optimizer = torch.optim.AdamW(model.optimizer_groups(0.1))
     state = {
         "model": model.state_dict(),
