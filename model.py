@@ -480,8 +480,8 @@ ROPE_SCALINGS = {
 
 def rotary_table(start, T, head_dim, theta, like, scaling=None):
     """Cosine and sine of the angles m * theta^(-2i / head_dim) of positions m = start ... start + T - 1, each
-    (T, head_dim / 2), in at least float32, on the device of `like`; `scaling` is GPTConfig's. Computed at each use: as cheap as it is to keep, and
-    a model on the meta device or in float64 needs no care."""
+    (T, head_dim / 2), in at least float32, on the device of `like`; `scaling` is GPTConfig's rope_scaling. Computed at
+    each use: as cheap as it is to keep, and a model on the meta device or in float64 needs no care."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim
     position = torch.arange(start, start + T, device=like.device, dtype=dtype)
