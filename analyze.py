@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 import prepare_data
 from configurator import UserError, configure, run
-from model import GPT, Block, GPTConfig, gate_scale
+from model import GPT, Block, GPTConfig, gate_scale, times
 from prepare_data import TokenData
 
 METRICS = {
@@ -136,7 +136,8 @@ class Trace:
                 self.modules[name][l] = out
 
             def note_branch(_, __, h, name=name, residual=residual, scale=scale):
-                self.branches[name][l] = residual.gpas_at("module", residual.s_at("branch", h), scale)
+                h = residual.s_at("branch", times(residual.branch_scale, h))
+                self.branches[name][l] = residual.gpas_at("module", h, scale)
 
             yield module.register_forward_hook(note_module)
             yield residual.out_norm.register_forward_hook(note_branch)

@@ -507,7 +507,10 @@ def absorb(plain):
     for block in plain.blocks:
         for residual, f in ((block.attn_residual, block.attn), (block.mlp_residual, block.mlp)):
             if residual.branch_scale is not None:
-                scale_outputs(f, residual.branch_scale[:, None])
+                if isinstance(residual.out_norm, Norm):
+                    residual.out_norm.weight.mul_(residual.branch_scale)
+                else:
+                    scale_outputs(f, residual.branch_scale[:, None])
                 residual.branch_scale = None
         if isinstance(block.mlp, MoE) and c.average_shared and c.n_expert_shared:
             scale_outputs(block.mlp.experts, c.n_expert_active / (c.n_expert_active + 1))
