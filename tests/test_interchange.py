@@ -188,6 +188,15 @@ def test_transformers_gives_the_same_logits(family, kwargs, transformers, tmp_pa
         assert (other(idx)[0] - ours).abs().max() < 1e-4
 
 
+def test_a_pruned_model_is_exported(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    model = trained(small("gpas_lns", vocab_size=257)).eval()
+    del model.blocks[1]
+    export_hf(model, tmp_path / "there")
+    idx, _ = batch(model.config)
+    assert (import_hf(tmp_path / "there")(idx)[0] - model(idx)[0]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
