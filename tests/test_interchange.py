@@ -302,7 +302,7 @@ def test_a_setting_that_cannot_be_represented(change, message):
 
 
 def test_settings_that_have_no_effect_here():
-    ignored = dict(sliding_window=4096, use_sliding_window=False, use_cache=True, torch_dtype="bfloat16")
+    ignored = dict(sliding_window=32, use_sliding_window=False, use_cache=True, torch_dtype="bfloat16")
     _, config = interchange.fields_of({**LLAMA, **ignored, "_name_or_path": "x", "rope_theta": 5000.0})
     assert config.rope_theta == 5000 and config.n_kv_head == 2 and config.norm == "pre" and config.block_size == 64
     with pytest.raises(UserError, match="config.json has no rms_norm_eps"):
