@@ -244,9 +244,9 @@ class Family:
     rotated: float = 1.0  # the share of a head that is, where a file is silent
     head_dim: int | None = None  # where a file is silent; none: n_embd / n_head
     is_interleaved: bool = False  # rotates the pairs (2i, 2i + 1) where we rotate (i, i + head_dim / 2)
-    to_theirs: Callable[[GPTConfig], dict] = lambda c: {}  # their settings that are not ours under another name
-    to_ours: Callable[[dict], dict] = lambda theirs: {}  # the reverse; takes its keys out of `theirs`; UserError
-    # what `traits` has to say of our model
+    write: Callable[[GPTConfig], dict] = lambda c: {}  # their settings that are not ours under another name
+    read: Callable[[dict], dict] = lambda theirs: {}  # the reverse; takes its keys out of `theirs`; UserError
+    # which of our models it is: see `misfits`
     places: str = "A"
     qk_norm: str = "none"
     qkv_bias: bool = False
@@ -314,7 +314,7 @@ FAMILIES = {
         NO_BIAS,
         rotated=0.5,
         head_dim=128,
-        to_theirs=lambda c: {"partial_rotary_factor": 1.0},
+        write=lambda c: {"partial_rotary_factor": 1.0},
         places="AB",
         is_interleaved=True,
     ),
@@ -349,8 +349,8 @@ FAMILIES = {
         {**ATTENTION, **QK_NORM, **PRE_NORMS, **DENSE, **EXPERTS},
         {**MANY, **HEAD_DIM},
         NO_BIAS,
-        to_theirs=qwen3_moe_settings,
-        to_ours=qwen3_moe_fields,
+        write=qwen3_moe_settings,
+        read=qwen3_moe_fields,
         qk_norm="head",
         experts="any gates",
         any_layer=True,
@@ -360,13 +360,13 @@ FAMILIES = {
         {**ATTENTION, **PRE_NORMS, **EXPERTS_GRANITE},
         LOCAL,
         {**NO_BIAS, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0},
-        to_theirs=granite_settings,
-        to_ours=granite_fields,
+        write=granite_settings,
+        read=granite_fields,
         experts="gates sum to 1, and shared",
         any_head_dim=False,
     ),
 }
-SCHEME_OF_PLACES = {"A": "pre", "AB": "sandwich", "B": "out"}  # the row of SCHEMES that an imported model is
+SCHEME_OF_PLACES = {"A": "pre", "AB": "sandwich", "B": "out"}  # what an imported model is in SCHEMES
 
 # Their settings without effect on a trained model's logits. Any other that is set is an error.
 NO_EFFECT = set(
@@ -520,7 +520,8 @@ def absorb(plain):
         raise UserError("the embedding's norm cannot go into a table that is the head too (tie_embeddings)")
     plain.embed_tokens.weight.copy_(plain.embed_norm(plain.embed_tokens.weight))
     plain.embed_norm = nn.Identity()
-    plain.config = replace(c, branch_scale="none", average_shared=False, embed_norm=False)
+    # A model whose layers were pruned has fewer than its config says.
+    plain.config = replace(c, n_layer=len(plain.blocks), branch_scale="none", average_shared=False, embed_norm=False)
     return plain
 
 
@@ -576,7 +577,7 @@ def config_of(name, c, dtype):
         "dtype": str(dtype).removeprefix("torch."),
         **{theirs: getattr(c, our) for theirs, our in {**SETTINGS, **family.settings}.items()},
         **family.constants,
-        **family.to_theirs(c),
+        **family.write(c),
         "rope_theta": c.rope_theta,
         "rope_scaling": c.rope_scaling,
         "bos_token_id": None,
@@ -629,7 +630,7 @@ def fields_of(theirs):
     missing = [name for name in settings if name not in theirs and name not in OPTIONAL]
     if missing:
         raise UserError(f"config.json has no {missing[0]}")
-    special = family.to_ours(theirs)
+    special = family.read(theirs)
     silent = {**OPTIONAL, "head_dim": family.head_dim}
     fields = {our: theirs.pop(name, silent.get(name)) for name, our in settings.items()}
     fields |= {**special, **rope_fields(theirs, family)}

@@ -188,6 +188,15 @@ def test_transformers_gives_the_same_logits(family, kwargs, transformers, tmp_pa
         assert (other(idx)[0] - ours).abs().max() < 1e-4
 
 
+def test_a_pruned_model_is_exported(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    model = trained(small("gpas_lns", vocab_size=257)).eval()
+    del model.blocks[1]
+    export_hf(model, tmp_path / "there")
+    idx, _ = batch(model.config)
+    assert (import_hf(tmp_path / "there")(idx)[0] - model(idx)[0]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -293,7 +302,7 @@ def test_a_setting_that_cannot_be_represented(change, message):
 
 
 def test_settings_that_have_no_effect_here():
-    ignored = dict(sliding_window=4096, use_sliding_window=False, use_cache=True, torch_dtype="bfloat16")
+    ignored = dict(sliding_window=32, use_sliding_window=False, use_cache=True, torch_dtype="bfloat16")
     _, config = interchange.fields_of({**LLAMA, **ignored, "_name_or_path": "x", "rope_theta": 5000.0})
     assert config.rope_theta == 5000 and config.n_kv_head == 2 and config.norm == "pre" and config.block_size == 64
     with pytest.raises(UserError, match="config.json has no rms_norm_eps"):
