@@ -15,6 +15,7 @@ log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=r
 """
 
 import ctypes
+import gc
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from collections import Counter
@@ -77,7 +79,7 @@ class Settings(GPTConfig):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient of all but the gates; 0: no clipping
     gate_clip: float = 0.0  # the same for the gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
-    gates: str | None = None  # fixed gates: a number, n_layer numbers with commas between, or a run's folder (its gates)
+    gates: str | None = None  # fixed gates: a number, n_layer of them with commas between, or a run's folder (its)
     freeze_gates: bool | None = None  # keep the gates at their initial values; none: in fine-tuning (GPAS section 4.1)
     lisa_layers: int = 0  # LISA: train only the embedding, the head and so many layers, drawn anew; 0: all layers
     lisa_interval: int = 20  # LISA: steps between draws
@@ -134,12 +136,12 @@ class Settings(GPTConfig):
 
 
 # What belongs to one call and not to the run.
-PER_CALL = tuple("out_dir init_from overwrite eval_only sample dry_run gpus device dtype compile shard recompute".split())
+PER_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus device dtype compile shard recompute".split()
 
 
 def settings_of_run(given, found):
-    """Where a run is continued, evaluated, sampled or fine-tuned its own settings are the defaults of what is not given:
-    all of them, or for fine-tuning the architecture. `found` takes the "checkpoint" and, as "changed", the other
+    """Where a run is continued, evaluated, sampled or fine-tuned its own settings are the defaults of what is not
+    given: all of them, or for fine-tuning the architecture. `found` takes the "checkpoint" and, as "changed", the other
     training settings that were given, {name: (before, now)}.
 
     UserError if what is given contradicts its architecture.
@@ -153,8 +155,11 @@ def settings_of_run(given, found):
     is_tuning = init_from not in ("scratch", "resume") and not is_call
     place = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
     checkpoint = found["checkpoint"] = load_checkpoint(place)
-    before = {n: v for n, v in checkpoint["settings"].items() if n not in PER_CALL and n in Settings.__dataclass_fields__}
-    before = dict(checkpoint["config"]) if is_tuning else {**before, **checkpoint["config"], "out_dir": place}
+    before = dict(checkpoint["config"])
+    if not is_tuning:
+        known = Settings.__dataclass_fields__.keys() - PER_CALL
+        of_run = {n: v for n, v in checkpoint["settings"].items() if n in known}
+        before = {**of_run, **before, "out_dir": place}
     other = {n: v for n, v in given.items() if n in before and v != before[n]}
     # no weight depends on the length
     fixed = [n for n in checkpoint["config"] if n in other and not (is_tuning and n == "block_size")]
@@ -187,8 +192,8 @@ class Processes:
         """From here on they exchange tensors: by nccl between GPUs, by gloo between CPUs."""
         self.device, is_cuda = device, device.type == "cuda"
         if self.size > 1:
-            backend, device_id = "nccl" if is_cuda else "gloo", device if is_cuda else None
-            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, device_id=device_id)
+            place = {"store": self.store, "rank": self.rank, "world_size": self.size}
+            dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None, **place)
 
     def sum(self, *values):
         """The sum over the processes of each of some numbers, in float64."""
@@ -223,11 +228,14 @@ def find_processes():
 
 @contextmanager
 def one_voice(processes):
-    """Under torchrun the process that fails first says why, and the others, which fail for want of it, follow silently."""
+    """Under torchrun the process that fails first says why; the others, which fail for want of it, follow silently."""
     try:
         yield
-    except Exception as error:
-        if processes.size > 1:
+    except BaseException as error:
+        # What DDP made must be gone before the connection is: in the other order the last reference to the connection
+        # goes with it, and waits for a thread that waits for Python.
+        traceback.clear_frames(error.__traceback__)
+        if processes.size > 1 and isinstance(error, Exception):
             if processes.store.add("has spoken", 1) > 1:
                 sys.exit(2)
             if isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
@@ -237,6 +245,7 @@ def one_voice(processes):
                 ) from None
         raise
     finally:
+        gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -276,7 +285,7 @@ def setup_device(settings, processes):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if processes.size > 1:
         if ":" in name:
-            raise UserError(f"device is {name} for each of {processes.size} processes; say cuda, and each takes its own")
+            raise UserError(f"device is {name} for all {processes.size} processes; say cuda, and each takes its own")
         name = f"cuda:{processes.local_rank}" if name == "cuda" else name
     try:
         device = torch.device(name)
@@ -383,8 +392,8 @@ def sync_folder(folder):
 
 
 def load_checkpoint(place):
-    """The dict in the folder of a run, or in a .pt file, on the CPU; UserError if it is missing or damaged, with the one
-    before it if that can be had. No code in it is ever run."""
+    """The dict in the folder of a run, or in a .pt file, on the CPU; UserError if it is missing or damaged, with the
+    one before it if that can be had. No code in it is ever run."""
     path = Path(place)
     path = path if path.suffix == ".pt" else path / "ckpt.pt"
     previous, advice = path.with_name(PREVIOUS), ""
@@ -534,8 +543,8 @@ def shard_model(model, device, use_compile, init_seed):
 
 
 def draw_layers(model, optimizer, step, settings, trained):
-    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks' parameters only those of lisa_layers layers are
-    trained; the embedding and the head, with its norm, always are. A function of the seed and the step.
+    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks' parameters only those of lisa_layers layers
+    are trained; the embedding and the head, with its norm, always are. A function of the seed and the step.
 
     `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped, for the memory.
     """
@@ -661,8 +670,8 @@ def learning_rate(step, settings):
 
 
 def get_batch(data, first, n, device):
-    """Rows first ... first + n - 1 of `data`: inputs and targets, tensors (n, block_size) on the device, and how many of
-    the targets count (-100 does not)."""
+    """Rows first ... first + n - 1 of `data`: inputs and targets, tensors (n, block_size) on the device, and how many
+    of the targets count (-100 does not)."""
     x, y = data.rows(first, n)
     count = int(np.count_nonzero(y != -100))
     if not count:
@@ -744,7 +753,8 @@ def plan(settings):
     return "\n".join(
         [
             f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters",
-            f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, {count['non_embedding']:,} with none",
+            f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, "
+            f"{count['non_embedding']:,} with none",
             f"  {settings.max_iters:,} steps of {tokens_per_step:,} tokens: {tokens / G:.3g}G tokens",
             f"  {model.flops_per_token() / G:.3g} GFLOP a token, {model.flops_per_token() * tokens:.3g} FLOP in all",
             f"  on each of {settings.gpus} GPUs: {tokens_per_step // settings.gpus:,} tokens a step, and in memory "
@@ -807,7 +817,7 @@ def train(processes, stop):
     if settings.gradient_accumulation_steps % processes.size:
         raise UserError(f"{cannot_share(settings, processes.size)} processes")
     if settings.shard and processes.size == 1:
-        raise UserError("shard spreads a model over processes, and this is one: torchrun --nproc_per_node=N train.py ...")
+        raise UserError("shard spreads a model over processes, this is one: torchrun --nproc_per_node=N train.py ...")
     processes.connect(device)
     is_main = processes.rank == 0
     out_dir = Path(settings.out_dir)
@@ -838,8 +848,9 @@ def train(processes, stop):
     if config.vocab_size < meta.get("vocab_size", 0):
         raise UserError(f"vocab_size {config.vocab_size} is smaller than the {meta['vocab_size']} of {folder}")
     if meta and tokenizer and meta["tokenizer"] != tokenizer:
-        place = out_dir if not is_new else settings.init_from
-        raise UserError(f"{folder} was made with tokenizer {meta['tokenizer']['name']}, {place} with {tokenizer['name']}")
+        names = meta["tokenizer"]["name"], tokenizer["name"]
+        place = settings.init_from if is_new else out_dir
+        raise UserError(f"{folder} was made with tokenizer {names[0]}, {place} with {names[1]}")
 
     train_data, val_data = (
         TokenData(folder, split, config.block_size, config.vocab_size, settings.seed) for split in ("train", "val")
@@ -932,15 +943,17 @@ def train(processes, stop):
 
     def stop_where_not_finite(what, batches):
         where = processes.first(first_non_finite(model, batches, autocast))
-        print_where = f"the first value that is not finite is {where}" if where else "a second pass over it was finite"
-        safe = f"{out_dir}/ckpt.pt is from step {saved_step}" if (out_dir / "ckpt.pt").exists() else "nothing was saved yet"
-        raise UserError(f"{what}; {print_where}; {safe}, a lower learning_rate may help")
+        where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
+        is_saved = (out_dir / "ckpt.pt").exists()
+        safe = f"{out_dir}/ckpt.pt is from step {saved_step}" if is_saved else "nothing was saved yet"
+        raise UserError(f"{what}; {where}; {safe}, a lower learning_rate may help")
 
     # -- loop
     net = compiled = torch.compile(model) if use_compile and not settings.shard else model
     if processes.size > 1 and not settings.shard:
         net = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-    known_peaks = [peak for name, peak in PEAK_TFLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)]
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known_peaks = [peak for name, peak in PEAK_TFLOPS.items() if name in device_name]
     peak_flops = 1e12 * processes.size * (settings.peak_tflops or (known_peaks[0] if known_peaks else 0))
     report_batch = get_batch(val_data, 0, min(8, len(val_data)), device)
     micro_steps = range(processes.rank, settings.gradient_accumulation_steps, processes.size)
@@ -1010,7 +1023,7 @@ def train(processes, stop):
         # its number of them. DDP and FSDP divide the sum of gradients by the number of processes, hence the factor.
         n_targets = processes.sum(sum(n for *_, n in batches))[0]
         if not n_targets:
-            raise UserError(f"no token of step {step} has a target: its examples are prompts only, or cut before the answer")
+            raise UserError(f"no token of step {step} has a target: its examples are prompts, or cut before the answer")
         loss = 0
         with timed("compilation" if use_compile and step == start_step else "steps"):
             for i, (x, y, n) in enumerate(batches):
@@ -1022,7 +1035,7 @@ def train(processes, stop):
                         part = net(x, y)[1] * (n * processes.size / n_targets)
                     part.backward()
                 loss = loss + part.detach() / processes.size
-        these, batches = batches, read_step(step + 1) if step + 1 < settings.max_iters else []  # while the device computes
+        these, batches = batches, read_step(step + 1) if step + 1 < settings.max_iters else []  # as the device computes
         with timed("steps"):
             grad_norm = whole(torch.nn.utils.clip_grad_norm_(others, settings.grad_clip or math.inf)).item()
             gate_norm = 0.0

@@ -10,7 +10,8 @@ them, and --dry_run prints what the run would take. A batch is batch_size x grad
 whatever the number of processes; what does not fit in memory takes a smaller batch_size and more micro-steps.
 LNS's runs of OLMo and Qwen2.5 have no preset: their shapes are not in the paper.
 
-The papers' data and tokenizers are downloads. Each preset names them, and the data set as prepare_data.py would write it
-from local text. Offline, --dataset=stdlib --vocab_size=0 trains the same model on bytes: a stand-in for trying a
-preset and for comparing placements, whose losses are not the paper's (bits per byte compare across tokenizers).
+The papers' data and tokenizers are downloads. Each preset names them, and `dataset` is the name under which
+prepare_data.py would write them from local text. Offline, --dataset=stdlib --vocab_size=0 trains the same model on
+bytes: a stand-in for trying a preset and for comparing placements, whose losses are not the paper's (bits per byte
+compare across tokenizers).
 """

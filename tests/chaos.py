@@ -22,8 +22,9 @@ import train
 from train import load_checkpoint, save_checkpoint
 
 KILLS, SEED, TIMEOUT = 20, 0, 300  # TIMEOUT: seconds without a kill, or without an end
-RUN = "--norm=gpas_pre --n_layer=4 --n_embd=128 --block_size=64 --dataset=d --dtype=float32 --device=cpu --max_iters=600".split()
-RUN += "--eval_interval=5 --eval_iters=2 --log_interval=1 --sample_tokens=1 --gradient_accumulation_steps=2".split()
+RUN = "--norm=gpas_pre --n_layer=4 --n_embd=128 --block_size=64 --gradient_accumulation_steps=2 --max_iters=600".split()
+RUN += "--eval_interval=5 --eval_iters=2 --log_interval=1 --sample_tokens=1".split()
+RUN += "--dataset=d --dtype=float32 --device=cpu".split()
 
 
 def start(folder, *args):
@@ -115,7 +116,8 @@ def main():
         }
         seconds = checkpoint_seconds(folder)
     places = {place: sum(p == place for p, _ in hits) for place, _ in hits}
-    print(f"{len(hits)} kills {places}, {sum(n for _, n in hits)} steps done again, in {time.monotonic() - begin:.0f} s")
+    again, seconds_in_all = sum(n for _, n in hits), time.monotonic() - begin
+    print(f"{len(hits)} kills {places}, {again} steps done again, in {seconds_in_all:.0f} s")
     print(f"equal to the uninterrupted run: {same}")
     print(f"a checkpoint of the default size: {seconds:.3f} s")
     sys.exit(0 if all(same.values()) else 1)

@@ -39,7 +39,7 @@ def one_thread():
 
 
 def call(*args, cwd):
-    """What `python train.py *args` does in the folder cwd, in this process: starting one takes longer than these runs."""
+    """What `python train.py *args` does in the folder cwd, in this process: to start one takes longer than to run."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
     argv, code = ["train.py", *map(str, args)], 0
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -195,14 +195,15 @@ def test_gates_of_another_run(folder):
         assert r.get("gates", final) == pytest.approx(final)
 
 
-# -- resume and faults --------------------------------------------------------------------------------------------------
+# -- resume and faults ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("i, norm", list(enumerate(SCHEMES)))
 def test_exact_resume(folder, i, norm):
     """Stopped by SIGTERM after step k and resumed: every logged loss, the weights and the moments to the bit."""
     norm = ("gpas_" if i % 2 else "") + norm
-    args = [*SMALL, *SHORT, f"--norm={norm}", "--dtype=float32", "--max_iters=6", "--eval_interval=3", "--log_interval=1"]
+    args = [*SMALL, *SHORT, f"--norm={norm}", "--dtype=float32"]
+    args += ["--max_iters=6", "--eval_interval=3", "--log_interval=1"]
     args += ["--n_layer=4"] * (norm == "gpas_mix")  # a quarter of two layers is none
     assert call(*args, f"--out_dir=whole-{norm}", cwd=folder).returncode == 0
     parts = f"parts-{norm}"
@@ -220,7 +221,8 @@ def test_exact_resume(folder, i, norm):
 def test_a_signal_to_a_process(folder):
     """SIGINT to the program itself: one line, 130, and a checkpoint of the step that it names; then it goes on."""
     args = [*SMALL, *SHORT, "--max_iters=100000", "--out_dir=signalled", "--log_interval=1", "--eval_interval=100000"]
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *args], cwd=folder, stdout=-1, stderr=-1, text=True, env=ONE_THREAD)
+    command = [sys.executable, "-u", ROOT / "train.py", *args]
+    process = subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1, text=True, env=ONE_THREAD)
     while "step     3: loss" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -299,7 +301,8 @@ def test_a_disk_that_is_full(folder, tmp_path):
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_named_and_the_previous_offered(folder, tmp_path, damage):
-    args = [*SMALL, *SHORT, "--max_iters=6", "--eval_interval=3", "--dtype=float32", "--log_interval=1", f"--out_dir={tmp_path}"]
+    args = [*SMALL, *SHORT, "--max_iters=6", "--eval_interval=3", "--dtype=float32", "--log_interval=1"]
+    args += [f"--out_dir={tmp_path}"]
     assert call(*args, cwd=folder).returncode == 0
     before, path = losses(tmp_path), tmp_path / "ckpt.pt"
     data = bytearray(path.read_bytes())
@@ -310,7 +313,8 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_offered(folder, tmp_path
     resume = [f"--out_dir={tmp_path}", "--init_from=resume", "--dtype=float32", "--device=cpu"]
     done = call(*resume, cwd=folder)
     offer = f"mv {tmp_path}/ckpt_previous.pt {path}"
-    assert done.returncode == 2 and f"the one before it is whole, of step 3: {offer}" in done.stderr and str(path) in done.stderr
+    assert done.returncode == 2 and str(path) in done.stderr
+    assert f"the one before it is whole, of step 3: {offer}" in done.stderr
     subprocess.run(offer.split(), check=True)
     assert call(*resume, cwd=folder).returncode == 0
     assert losses(tmp_path) == before
@@ -383,7 +387,8 @@ def test_weights_that_overflow_keep_the_last_good_checkpoint(folder):
     args = [*SMALL, *SHORT, "--norm=post", "--max_iters=4", "--dtype=float32"]
     assert call(*args, cwd=folder).returncode == 0
     before = (folder / "out-post" / "ckpt.pt").read_bytes()
-    done = call("--norm=post", "--init_from=resume", "--max_iters=20", "--learning_rate=1e38", "--log_interval=100", cwd=folder)
+    resume = ["--norm=post", "--init_from=resume", "--max_iters=20"]
+    done = call(*resume, "--learning_rate=1e38", "--log_interval=100", cwd=folder)
     assert done.returncode == 2 and " is nan" in done.stderr and "the first value that is not finite is" in done.stderr
     assert (folder / "out-post" / "ckpt.pt").read_bytes() == before
 
@@ -401,7 +406,7 @@ def test_a_shard_that_changes_is_named(folder, tmp_path, harm, message):
     assert train.load_checkpoint(tmp_path / "run")["step"] == 0
 
 
-# -- compilation, loggers -----------------------------------------------------------------------------------------------
+# -- compilation, loggers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["gpas_pre", "deepnorm", "gpas_mix", "lns"])
@@ -429,7 +434,8 @@ def test_compiled_run_equals_the_eager_one(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     eager, compiled = (read_log(tmp_path / d / "log.jsonl")[-1] for d in ("eager", "compiled"))
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-5)
-    assert train.load_checkpoint(tmp_path / "compiled")["model"].keys() == train.load_checkpoint(tmp_path / "eager")["model"].keys()
+    names = [train.load_checkpoint(tmp_path / run)["model"].keys() for run in ("compiled", "eager")]
+    assert names[0] == names[1]
 
 
 def test_recomputed_blocks_change_nothing(folder, tmp_path):
@@ -445,9 +451,11 @@ def test_wandb_and_tensorboard(folder, tmp_path, monkeypatch):
     board = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: board))
     writer = types.SimpleNamespace(add_scalar=lambda *args: scalars.append(args))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda folder: writer))
+    module = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     assert call(*args, "--wandb", "--tensorboard", f"--out_dir={tmp_path}/a", cwd=folder).returncode == 0
-    assert [step for step, _ in logged] == [0, 2, 4, 4] and {"variance/1", "variance/2", "val_loss"} <= logged[0][1].keys()
+    assert [step for step, _ in logged] == [0, 2, 4, 4]
+    assert {"variance/1", "variance/2", "val_loss"} <= logged[0][1].keys()
     assert ("loss", logged[1][1]["loss"], 2) in scalars
     for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         monkeypatch.setitem(sys.modules, module, None)
@@ -455,7 +463,7 @@ def test_wandb_and_tensorboard(folder, tmp_path, monkeypatch):
         assert done.returncode == 2 and f"pip install {name}" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-# -- fine-tuning, targets without loss ----------------------------------------------------------------------------------
+# -- fine-tuning, targets without loss --------------------------------------------------------------------------------
 
 
 class Masked(prepare_data.TokenData):
@@ -472,7 +480,8 @@ class Masked(prepare_data.TokenData):
 def test_every_token_with_a_target_weighs_the_same(folder, tmp_path):
     """The logged loss and gradient norm of a step are those of its whole batch, whatever its micro-batches are; one of
     them without a single target does no harm."""
-    step = "--batch_size=1 --gradient_accumulation_steps=6 --max_iters=2 --log_interval=1 --grad_clip=0 --dtype=float64".split()
+    step = "--batch_size=1 --gradient_accumulation_steps=6 --max_iters=2 --log_interval=1".split()
+    step += ["--grad_clip=0", "--dtype=float64"]
     with mock.patch.object(train, "TokenData", Masked):
         done = call(*SMALL, *SHORT, *step, f"--out_dir={tmp_path}", cwd=folder)
         assert done.returncode == 0, done.stderr
@@ -482,7 +491,7 @@ def test_every_token_with_a_target_weighs_the_same(folder, tmp_path):
     x, y = map(torch.from_numpy, data.rows(0, 6))
     loss = model(x, y)[1]
     loss.backward()
-    record, first, last = (read_log(tmp_path / "log.jsonl")[i] for i in (1, 0, -1))
+    first, record = read_log(tmp_path / "log.jsonl")[:2]
     assert record["loss"] == pytest.approx(loss.item(), rel=1e-12)
     norm = sum((p.grad**2).sum() for p in model.parameters()).sqrt().item()
     assert record["grad_norm"] == pytest.approx(norm, rel=1e-9)
@@ -505,18 +514,22 @@ def test_a_step_without_targets_is_an_error(folder, tmp_path):
 def test_fine_tuning(folder):
     """From a checkpoint's weights, with a schedule of its own and the gates frozen; then resumed as any run."""
     base = train.load_checkpoint(folder / "out-gpas_pre")
-    args = "--dataset=d --max_iters=4 --batch_size=4 --eval_iters=4 --dtype=bfloat16 --device=cpu --log_interval=1".split()
+    args = "--dataset=d --max_iters=4 --batch_size=4 --eval_iters=4 --log_interval=1".split()
+    args += ["--dtype=bfloat16", "--device=cpu"]
     done = call("--init_from=out-gpas_pre", *args, "--learning_rate=1e-3", cwd=folder)
     assert done.returncode == 0, done.stderr
-    tuned, log = train.load_checkpoint(folder / "out-gpas_pre-finetuned"), read_log(folder / "out-gpas_pre-finetuned" / "log.jsonl")
-    assert log[0]["val_loss"] == read_log(folder / "out-gpas_pre" / "log.jsonl")[-1]["val_loss"] and tuned["step"] == 4
+    run = folder / "out-gpas_pre-finetuned"
+    tuned, log = train.load_checkpoint(run), read_log(run / "log.jsonl")
+    assert log[0]["val_loss"] == read_log(folder / "out-gpas_pre" / "log.jsonl")[-1]["val_loss"]
+    assert tuned["step"] == 4
     assert tuned["config"] == base["config"] and tuned["settings"]["warmup_iters"] == 30  # not the base's 2
     for name, w in tuned["model"].items():
         assert torch.equal(w, base["model"][name]) == name.endswith("gate"), name
-    resume = ["--init_from=resume", "--out_dir=out-gpas_pre-finetuned", "--max_iters=6", "--dtype=bfloat16", "--device=cpu"]
+    resume = ["--init_from=resume", f"--out_dir={run.name}", "--max_iters=6", "--dtype=bfloat16", "--device=cpu"]
     assert call(*resume, cwd=folder).returncode == 0
-    assert read_log(folder / "out-gpas_pre-finetuned" / "log.jsonl")[-1]["gates"] == log[0]["gates"]
-    thawed = call("--init_from=out-gpas_pre/ckpt.pt", *args, "--freeze_gates=false", "--out_dir=thawed", "--block_size=16", cwd=folder)
+    assert read_log(run / "log.jsonl")[-1]["gates"] == log[0]["gates"]
+    args += ["--block_size=16"]
+    thawed = call("--init_from=out-gpas_pre/ckpt.pt", *args, "--freeze_gates=false", "--out_dir=thawed", cwd=folder)
     assert thawed.returncode == 0, thawed.stderr
     assert read_log(folder / "thawed" / "log.jsonl")[-1]["gates"] != log[0]["gates"]
     done = call("--init_from=out-gpas_pre", *args, "--n_layer=3", "--out_dir=other", cwd=folder)
@@ -525,7 +538,8 @@ def test_fine_tuning(folder):
 
 def test_lisa(folder):
     """Two of six layers, the embedding and the head move in four steps of one draw; a resume draws the same."""
-    args = [*SMALL, *SHORT, "--norm=gpas_pre", "--n_layer=6", "--lisa_layers=2", "--lisa_interval=4", "--dtype=float32", "--log_interval=1"]
+    args = [*SMALL, *SHORT, "--norm=gpas_pre", "--n_layer=6", "--dtype=float32", "--log_interval=1"]
+    args += ["--lisa_layers=2", "--lisa_interval=4"]
     assert call(*args, "--max_iters=0", "--out_dir=lisa0", cwd=folder).returncode == 0
     assert call(*args, "--out_dir=lisa8", cwd=folder).returncode == 0
     with at_step(5, terminate):
@@ -533,7 +547,8 @@ def test_lisa(folder):
     with at_step(3, terminate):
         assert call(*args, "--out_dir=lisa4", cwd=folder).returncode == 143
     start, after = (train.load_checkpoint(folder / d)["model"] for d in ("lisa0", "lisa4"))
-    moved = {name.split(".")[1] if name.startswith("blocks") else name for name in start if not torch.equal(start[name], after[name])}
+    moved = {name for name in start if not torch.equal(start[name], after[name])}
+    moved = {name.split(".")[1] if name.startswith("blocks") else name for name in moved}
     assert {"embed_tokens.weight", "lm_head.weight", "norm.weight"} < moved and len(moved) == 5
     assert call("--out_dir=lisa", "--init_from=resume", "--dtype=float32", "--device=cpu", cwd=folder).returncode == 0
     assert losses(folder / "lisa") == losses(folder / "lisa8")
@@ -543,7 +558,7 @@ def test_lisa(folder):
     assert n_moments == 3 + 2 * len([n for n in start if n.startswith("blocks.0.")])  # none of what is frozen
 
 
-# -- data that others made, mistakes ------------------------------------------------------------------------------------
+# -- data that others made, mistakes ----------------------------------------------------------------------------------
 
 
 def test_bare_shards_train(folder):
