@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 
@@ -769,25 +768,21 @@ def import_tokenizer(folder):
     return state, None
 
 
-def tokenize(folder, inputs, vocab_size, to):
-    """Writes the texts of `inputs` (as prepare_data takes them) to shards in the folder `to`, by the tokenizer.json in
-    `folder` whatever its kind, each text as that tokenizer begins and ends it."""
+def tokenize(folder, inputs, to):
+    """Writes the texts of `inputs` (as prepare_data takes them) to shards in the folder `to`, half of the documents held
+    out, by the tokenizer.json in `folder` whatever its kind; returns the tokens of both splits.
+
+    They stay without a manifest: it would name this tokenizer, the checkpoint names its tiktoken form or none.
+    """
     file = Path(folder) / "tokenizer.json"
     if not file.exists():
         raise UserError(f"--text needs the model's tokenizer, and there is no {file}")
-    try:
-        tokenizer = need("tokenizers", "tokenizers").Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{file} cannot be read: {error}") from None
-    files, problems = prepare_data.find_files(inputs), {}
-    texts = prepare_data.split_documents(prepare_data.read_documents(files, "text", problems), 0.5)
-    to.mkdir(parents=True, exist_ok=True)
-    writers = [prepare_data.ShardWriter(to, split, vocab_size, 100_000_000) for split in ("train", "val")]
-    for is_val, text in texts:
-        writers[is_val].write(np.array(tokenizer.encode(text).ids, dtype=np.int64))
-    for writer in writers:
-        writer.close()
-    return [sum(shard["tokens"] for shard in writer.shards) for writer in writers]
+    data = dict(dataset=to.name, data_dir=str(to.parent), input=inputs, tokenizer=str(file), val_fraction=0.5)
+    prepare_data.prepare(prepare_data.Settings(**data))
+    counts = [prepare_data.read_meta(to)["splits"][split]["tokens"] for split in ("train", "val")]
+    for manifest in ("meta.json", "tokenizer.json"):
+        (to / manifest).unlink()
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -872,6 +867,7 @@ def save_run(model, out_dir, tokenizer):
         "optimizer": optimizer.state_dict(),
         "config": asdict(model.config),
         "step": 0,
+        "val_loss": None,
         "settings": {"dataset": "data", "data_dir": str(out_dir)},
         "tokenizer": tokenizer,
     }
@@ -910,7 +906,7 @@ def main():
     if tokenizer is None:
         print(f"without a tokenizer, so that it cannot be sampled: {why}; --text=PATH makes held-out data with its own")
     if settings.text:
-        counts = tokenize(settings.import_from, settings.text, model.config.vocab_size, out_dir / "data")
+        counts = tokenize(settings.import_from, settings.text, out_dir / "data")
         print(f"wrote {out_dir}/data: {counts[0]:,} tokens for training, {counts[1]:,} held out")
 
 
