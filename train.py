@@ -1062,6 +1062,8 @@ def train(processes, stop):
             record["tokens_per_s"] = round(rate, 1)
             if gates:
                 record["gate_grad_norm"] = gate_norm
+            for name in model.losses.keys() - {"cross_entropy"}:  # the routers', of the last micro-batch of this process
+                record[f"{name}_loss"] = model.losses[name].item()
             reached = f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
             if peak_flops:
                 record["mfu"] = model.mfu(rate, peak_flops)

@@ -424,6 +424,13 @@ def test_one_graph_to_train_and_one_to_evaluate(folder, tmp_path, norm):
     assert "the first step took" in done.stdout and "compilation" in done.stdout
 
 
+def test_experts_log_their_routers_losses(folder):
+    args = [*SMALL, *SHORT, "--norm=gpas_pre", "--n_expert=4", "--out_dir=experts"]
+    assert call(*args, cwd=folder).returncode == 0
+    lines = [r for r in read_log(folder / "experts" / "log.jsonl") if "loss" in r]
+    assert lines and all(0.9 < r["balance_loss"] < 4 and r["z_loss"] > 0 for r in lines)
+
+
 def test_compiled_run_equals_the_eager_one(folder, tmp_path):
     """Through the compiler's front end; its C++ back end, a minute's work, is tests/benchmark.py's to run."""
     args = [*SMALL, *SHORT, "--norm=gpas_peri", "--dtype=float32", "--max_iters=4", "--log_interval=1"]
