@@ -105,7 +105,7 @@ class Trace:
 
     states       L + 1 residual states (B, T, n_embd)
 
-    and for each layer, None where it has no such part (a block that was replaced by another function):
+    and, if asked for its inside, for each layer (None where it has no such part: a block replaced by another function):
 
     modules      {"attn": the attention's output, "mlp": the MLP's}, each (B, T, n_embd)
     branches     the same where they are added to the stream: after the norm B and what else scales the branch
@@ -114,15 +114,15 @@ class Trace:
     mlp_inputs   the MLP's input (B, T, n_embd)
     """
 
-    def __init__(self, model, idx, targets):
+    def __init__(self, model, idx, targets, inside):
         self.model, self.targets, L = model, targets, len(model.blocks)
         self.modules = {"attn": [None] * L, "mlp": [None] * L}
         self.branches = {"attn": [None] * L, "mlp": [None] * L}
         self.attention, self.mlp_inputs = [None] * L, [None] * L
         self.states = [model.embed_norm(model.embed_tokens(idx))]
         for l, block in enumerate(model.blocks):
-            hooks = list(self.watch(l, block)) if isinstance(block, Block) else []
-            with RecordAttention(self.attention, l):
+            hooks = list(self.watch(l, block)) if inside and isinstance(block, Block) else []
+            with RecordAttention(self.attention, l) if inside else nullcontext():
                 self.states.append(block(self.states[l]))
             for hook in hooks:
                 hook.remove()
@@ -199,7 +199,8 @@ def evaluation(model, frozen=True):
 
 def measure(start):
     """A function (model, batches) from a generator `start(model)` that gets the Trace of each batch from `yield`, then
-    None, and returns the result. Alone it makes a pass of its own; `one_pass` feeds several from the same traces."""
+    None, and returns the result; `yield "inside"` asks for the inside of the layers too. Alone it makes a pass of its
+    own; `one_pass` feeds several from the same traces."""
 
     def alone(model, batches, **options):
         return one_pass(model, batches, {"": start(model, **options)})[""]
@@ -217,10 +218,10 @@ def one_pass(model, batches, started):
     """{name: result} of the measures {name: measure.start(model)} over `batches`, with one forward pass for all."""
     results = {}
     with evaluation(model):
-        for generator in started.values():
-            next(generator)
+        # what no measure looks at is not kept: it would push the weights of the rerun layers out of the caches
+        inside = "inside" in [next(generator) for generator in started.values()]
         for idx, targets in batches:
-            trace = Trace(model, idx, targets)
+            trace = Trace(model, idx, targets, inside)
             for generator in started.values():
                 generator.send(trace)
         for name, generator in started.items():
@@ -266,7 +267,7 @@ def stream(model):
     parts = {f"{name}{kind}_variance": zeros(model, L) for name in ("attn", "mlp") for kind in ("", "_module")}
     powers, shift, n = zeros(model, 4, L + 1, d), None, 0  # powers: sums of (x - shift)^1..4
     top, top_state = zeros(model, 0), zeros(model, 0).long()
-    while trace := (yield):
+    while trace := (yield "inside"):
         if shift is None:  # a guess of the mean, so that the sums of powers do not cancel
             shift = [x.double().mean((0, 1)) for x in trace.states]
         for i, x in enumerate(trace.states):
@@ -350,7 +351,7 @@ def attention(model, map_size=256):
     L, H = len(model.blocks), model.config.n_head
     below, entropy, maps = zeros(model, 3, L, H), zeros(model, L, H), None
     n_sequences = n_queries = n_causal = n_all = 0
-    while trace := (yield):
+    while trace := (yield "inside"):
         B, T = trace.targets.shape
         P = min(T, map_size)
         if maps is None:
@@ -401,7 +402,7 @@ def experts(model):
         raise UserError("experts: this model has none")
     k, E = model.config.n_expert_active, model.config.n_expert
     chosen, entropy, n = zeros(model, len(layers), E), zeros(model, len(layers)), 0
-    while trace := (yield):
+    while trace := (yield "inside"):
         for i, l in enumerate(layers):
             p = model.blocks[l - 1].mlp.router(trace.mlp_inputs[l - 1]).float().softmax(-1).flatten(0, 1)
             chosen[i] += p.topk(k).indices.flatten().bincount(minlength=E)
