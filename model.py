@@ -10,8 +10,8 @@ A before f, B after f and C after the add (Peri-LN Figure 2):
 To find a placement read SCHEMES; to see what it does read Residual; to add one write a row. What is not a matter of
 place is a flag of GPTConfig that combines with every row: the kind of norm (NORM_TYPES), a learned scale b of the
 branch (BRANCH_SCALES), the initialization (INITS), the gate's activation (GPAS_ACTS) and place. The rest is a plain
-decoder: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, no biases and an untied head unless asked for, a final norm in every
-scheme. Docstrings cite the papers by these names:
+decoder: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU or experts, no biases and an untied head unless
+asked for, a final norm in every scheme. Docstrings cite the papers by these names:
 
     GPAS     Gradient-Preserving Activation Scaling, arXiv 2506.22049
     LNS      The Curse of Depth in Large Language Models (LayerNorm Scaling), arXiv 2502.05795
@@ -153,13 +153,15 @@ def deepnorm_std(config, name, l, shape):
     return gain * xavier_std(config, name, l, shape)
 
 
-# Standard deviation of the matrix `name` (q_proj ... down_proj) of layer l; head and routers have base_std, the embedding its own.
 OUTPUTS = "o_proj", "down_proj"
+
+# Standard deviation of the matrix `name` (q_proj ... down_proj) of layer l; head and routers have base_std, the
+# embedding embed_std. The sources of scaled, depth and olmo are LNS section 6 and 5.3.1.
 INITS = {
     "normal": lambda c, name, l, shape: base_std(c),
-    "scaled": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * c.n_layer if name in OUTPUTS else 1),  # LNS section 6
-    "depth": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * l),  # Zhang et al. 2019, LNS section 6
-    "olmo": lambda c, name, l, shape: 1 / math.sqrt(c.n_embd * (2 * l if name in OUTPUTS else 1)),  # LNS section 5.3.1
+    "scaled": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * c.n_layer if name in OUTPUTS else 1),
+    "depth": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * l),  # Zhang et al. 2019
+    "olmo": lambda c, name, l, shape: 1 / math.sqrt(c.n_embd * (2 * l if name in OUTPUTS else 1)),
     "xavier": xavier_std,
     "deepnorm": deepnorm_std,
 }
@@ -172,7 +174,7 @@ class Residual(nn.Module):
         x <- C(alpha * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
 
     b, a learned scale of the branch, and omega, one of the shortcut beside alpha (Admin), are 1 unless asked for.
-    The constants s and alpha, and the places, belong to layer l = 1..L and stay with the module when its block is moved.
+    The constants s and alpha, and the places, belong to layer l = 1..L and stay with the module wherever its block is.
     """
 
     def __init__(self, config, l, is_mlp):
@@ -214,8 +216,8 @@ class Residual(nn.Module):
         return self.s * x if self.s != 1 and place == self.s_position else x
 
     def gpas_at(self, place, x, scale, keep="output"):
-        """gpas(x) if this is its place, "sublayer" but in the ablations of GPAS Table 4; without the stop-gradient it is
-        naive scaling (GPAS Eq. 12)."""
+        """gpas(x) if this is its place, "sublayer" but in the ablations of GPAS Table 4; without the stop-gradient it
+        is naive scaling (GPAS Eq. 12)."""
         if scale is None or place != self.gpas_position:
             return x
         return gpas(x, scale, keep) if self.stop_gradient else scale * x
@@ -240,10 +242,7 @@ def gpas(x, scale, keep=None):
 
     The last line is this definition. It keeps a copy of x (..., n_embd) for the gate's gradient; with keep="input" or
     "output" that gradient is had from x, or from the result, which the neighbouring operation keeps in any case.
-    A scale of None gives x.
     """
-    if scale is None:
-        return x
     if keep:
         return KeepGradient.apply(x, scale, keep == "output")
     return x - (1 - scale) * x.detach()
@@ -285,7 +284,7 @@ class GPTConfig:
     block_size: int = 256  # longest sequence, in tokens
     vocab_size: int = 257  # rows of the embedding and of the head
     n_layer: int = 12  # blocks, each attention and MLP
-    n_head: int = 4  # query heads
+    n_head: int = 2  # query heads
     n_embd: int = 128  # width of the residual stream
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
     head_dim: int | None = None  # width of a head, even; none: n_embd / n_head
@@ -358,7 +357,7 @@ class GPTConfig:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; or give a head_dim")
             self.head_dim = self.n_embd // self.n_head
         if self.head_dim % 2:
-            raise ValueError(f"head_dim (n_embd / n_head unless given) is {self.head_dim}, odd; the rotation needs pairs")
+            raise ValueError(f"head_dim (n_embd / n_head unless given) {self.head_dim} is odd; the rotation needs pairs")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         for name, known in {
@@ -384,7 +383,8 @@ class GPTConfig:
             if kind not in ROPE_SCALINGS:
                 raise ValueError(f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}")
             names, given = ROPE_SCALINGS[kind][0], {n: v for n, v in self.rope_scaling.items() if n != "rope_type"}
-            if set(given) != set(names) or not all(type(v) in (int, float) and 0 < v < math.inf for v in given.values()):
+            are_numbers = all(type(v) in (int, float) and 0 < v < math.inf for v in given.values())
+            if set(given) != set(names) or not are_numbers:
                 raise ValueError(f"rope_scaling of type {kind} needs positive numbers {', '.join(names)}; got {given}")
         places = [scheme.places(self, l, m) for l in range(1, self.n_layer + 1) for m in (False, True)]
         has_b, all_have_a = any("B" in p for p in places), all("A" in p for p in places)
@@ -407,7 +407,8 @@ class GPTConfig:
             if is_wrong:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect with norm {self.norm}: it needs {needed}")
         if self.norm_type == "groupnorm":
-            widths = {"none": (), "head": (self.head_dim,), "full": (self.n_head * self.head_dim, self.n_kv_head * self.head_dim)}
+            full = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+            widths = {"none": (), "head": (self.head_dim,), "full": full}
             for width in (self.n_embd, *widths[self.qk_norm]):
                 if width % self.norm_groups:
                     raise ValueError(f"norm_groups {self.norm_groups} does not divide the width {width} of a norm")
@@ -627,7 +628,7 @@ class MoE(nn.Module):
         y = (out * gates[..., None]).sum(1).to(x.dtype).view(x.shape)
 
         if self.training:
-            # Switch form: n_expert / k * sum of f_i * P_i, f_i the share of the tokens sent to i, P_i its mean probability
+            # Switch form: n_expert / k * sum of f_i * P_i, f_i the share of tokens sent to i, P_i its mean probability
             f = self.load.to(dtype) / len(tokens)
             self.balance_loss = len(f) / k * (f * p.mean(0)).sum()
             self.z_loss = logits.logsumexp(-1).square().mean()
@@ -643,7 +644,7 @@ def rows_of_experts(ends):
 
 
 def has_grouped_mm(*tensors):
-    """Whether torch's grouped product takes these: on CUDA, without a synchronization; rows of a multiple of 16 bytes."""
+    """Whether torch's grouped product, which needs no synchronization, takes these: on CUDA, rows of k * 16 bytes."""
     return all(t.is_cuda and t.dtype != torch.float64 and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
 
 
@@ -651,7 +652,7 @@ def has_grouped_mm(*tensors):
 # expert is as fast as torch's grouped one, takes every dtype, and casts the weights expert by expert.
 @torch.library.custom_op("nanonorm::grouped_product", mutates_args=())
 def grouped_product(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """x (rows, n_in), sorted by expert, times w[e] (n_out, n_in) for the rows of expert e: (rows, n_out) of x's dtype."""
+    """x (rows, n_in), sorted by expert, times w[e] (n_out, n_in) for expert e's rows: (rows, n_out) of x's dtype."""
     if has_grouped_mm(x, w.transpose(1, 2)):
         return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends)
     out = x.new_empty(len(x), w.shape[1])
@@ -676,7 +677,7 @@ grouped_outer.register_fake(lambda g, x, ends, like: torch.empty_like(like))
 
 
 class GroupedLinear(torch.autograd.Function):
-    """grouped_product with its gradients; an autograd function, since torch.func does not reach through an operator's."""
+    """grouped_product with its gradients, here and not in the operator since torch.func does not reach through those."""
 
     generate_vmap_rule = True
 
@@ -728,7 +729,7 @@ def doubts(config):
     """What the papers advise against in a configuration that can be built, one sentence each."""
     scheme, gated = find_scheme(config.norm)
     if scheme.n_first and scheme.n_first(config) in (0, config.n_layer):
-        yield f"norm {config.norm}: {scheme.n_first(config)} of {config.n_layer} layers are of the first kind: not a mix"
+        yield f"norm {config.norm}: {scheme.n_first(config)} of {config.n_layer} layers are its first kind: not a mix"
     if scheme.s and config.init in ("scaled", "depth", "olmo"):
         yield f"norm {config.norm} with init {config.init}: together they did worse than LNS alone (LNS section 6)"
     if scheme.s and config.s_position == "residual":
@@ -860,12 +861,12 @@ class GPT(nn.Module):
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                below_best = logits - logits.amax(-1, keepdim=True)  # at most 0, so that small temperatures do not overflow
+                below_best = logits - logits.amax(-1, keepdim=True)  # at most 0: no overflow at a low temperature
                 new = torch.multinomial(F.softmax(below_best / max(temperature, 1e-30), dim=-1), 1)
             idx = torch.cat((idx, new), dim=1)
         return idx
 
-    # -- what a training loop asks --------------------------------------------------------------------------------------
+    # -- what a training loop asks -------------------------------------------------------------------------------------
 
     def gates(self):
         """The GPAS gates, one parameter of shape (1,) a layer ((2,) with one a sub-layer); empty without gates."""
@@ -873,7 +874,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_gates(self, values):
-        """Gives layer l's gate the l-th of n_layer values (a number, or one per sub-layer). ValueError for another count."""
+        """Gives layer l's gate the l-th of n_layer values (a number, or one per sub-layer); else ValueError."""
         if len(values) != len(self.gates()):
             raise ValueError(f"{len(values)} gate values for the {len(self.gates())} gates of norm {self.config.norm}")
         for gate, value in zip(self.gates(), values):
@@ -905,7 +906,8 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Floating-point operations of one token's forward and backward pass in sequences of T tokens (block_size).
 
-        6 for each active matrix entry but the embedding table's (a look-up, unless it is the head too), and causal attention as it is needed:
+        6 for each active matrix entry but the embedding table's (a look-up, unless it is the head too), and causal
+        attention as it is needed:
         a query meets (T + 1) / 2 keys on average, with 2 products of head_dim, 2 operations each, 3 passes.
         """
         config, T = self.config, T or self.config.block_size

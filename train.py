@@ -86,7 +86,7 @@ class Settings(GPTConfig):
     nan_patience: int = 3  # steps in a row with a loss or gradient that is not finite, each skipped, that end the run
     # evaluation and log
     eval_interval: int = 50  # steps between evaluations, each followed by a checkpoint
-    eval_iters: int = 100  # batches of the held-out set, the same each time
+    eval_iters: int = 50  # batches of the held-out set, the same each time
     log_interval: int = 10  # steps between lines
     sample_tokens: int = 200  # length of a sample
     temperature: float = 0.8  # of a sample; 0: the likeliest token each time
@@ -278,6 +278,14 @@ class StopRequest:
             os.write(2, f"{signal.Signals(number).name}: ends after this step; once more ends at once\n".encode())
 
 
+def keep_freed_memory():
+    """Under glibc, keeps freed activations with the process (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): on the CPU, to fetch
+    fresh pages from the system for each of them costs about a sixth of a step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, (1 << 31) - 1)
+
+
 def setup_device(settings, processes):
     """(device, dtype name, autocast context factory) as the settings ask for and the machine has."""
     name = settings.device
@@ -299,11 +307,8 @@ def setup_device(settings, processes):
         has_bfloat16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if has_bfloat16 and device.type in ("cuda", "cpu") else "float32"
     torch.backends.cuda.matmul.allow_tf32 = True
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Freed activations stay with the process (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): fetching fresh pages from the
-        # system for each of them costs a fifth of a step.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, (1 << 31) - 1)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
@@ -1062,7 +1067,7 @@ def train(processes, stop):
             record["tokens_per_s"] = round(rate, 1)
             if gates:
                 record["gate_grad_norm"] = gate_norm
-            for name in model.losses.keys() - {"cross_entropy"}:  # the routers', of the last micro-batch of this process
+            for name in model.losses.keys() - {"cross_entropy"}:  # the routers', of this process's last micro-batch
                 record[f"{name}_loss"] = model.losses[name].item()
             reached = f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
             if peak_flops:

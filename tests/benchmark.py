@@ -4,7 +4,6 @@ Two things are compared in one run, in turn (A B A B ...), by the ratio of each 
 middle half are printed. Not a test: nothing here passes or fails.
 """
 
-import ctypes
 import platform
 import statistics
 import sys
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from configurator import configure, run
 from model import GPT, MLP, SCHEMES, GPTConfig, MoE
 from test_model import saved_bytes
+from train import keep_freed_memory
 
 PARTS = "schemes", "gpas", "compiled", "memory", "moe", "peak", "llama"
 
@@ -129,9 +129,7 @@ def layer_step(n_expert, top_k, dtype):
 def main():
     settings = configure(Settings, "Compares the placements' speed and memory.")
     parts = settings.only.split(",")
-    if platform.libc_ver()[0] == "glibc":  # as train.py does
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, (1 << 31) - 1)
+    keep_freed_memory()
     c = settings
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     print(f"steps of {c.n_layer} layers x {c.n_embd}, {c.batch_size} x {c.block_size} tokens, {c.dtype}, {c.pairs} pairs\n")

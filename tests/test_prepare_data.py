@@ -594,20 +594,24 @@ def start(big, data_dir, *args, **kwargs):
 
 
 def test_kill_at_random_moments(big, tmp_path):
-    rng, continued, killed, orphans = random.Random(5), 0, 0, set()
-    for i in range(40):
+    rng, progress, continued, orphans = random.Random(5), tmp_path / ".d.partial" / "progress.json", 0, set()
+    for i in range(12):
+        before = read_or_empty(progress)
         process = start(big, tmp_path, "--save_interval=0", "--num_workers=2")
-        try:
-            process.wait(timeout=rng.uniform(0.4, 1.4) + 0.3 * i)
-        except subprocess.TimeoutExpired:
-            orphans |= children(process.pid)
-            process.kill()
-            killed += 1
+        if i % 2 == 0:  # after something more was saved, so that the runs come forward; else anywhere from the start on
+            while process.poll() is None and read_or_empty(progress) in (b"", before):
+                time.sleep(0.002)
+        time.sleep(rng.uniform(0, 1.5 if i % 2 else 0.1))
+        orphans |= children(process.pid)
+        process.kill()
         continued += "going on after" in process.communicate()[1]
         if process.returncode == 0:
             break
         assert not (tmp_path / "d").exists()
-    assert process.returncode == 0 and killed and continued
+    else:
+        process = start(big, tmp_path, "--num_workers=2")
+        continued += "going on after" in process.communicate()[1]
+    assert process.returncode == 0 and continued
     assert contents(tmp_path / "d") == contents(big / "one")
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
     time.sleep(0.5)
