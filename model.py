@@ -357,7 +357,7 @@ class GPTConfig:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; or give a head_dim")
             self.head_dim = self.n_embd // self.n_head
         if self.head_dim % 2:
-            raise ValueError(f"head_dim (n_embd / n_head unless given) {self.head_dim} is odd; the rotation needs pairs")
+            raise ValueError(f"head_dim (n_embd / n_head unless given) {self.head_dim} is odd; rotation needs pairs")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         for name, known in {
@@ -677,7 +677,7 @@ grouped_outer.register_fake(lambda g, x, ends, like: torch.empty_like(like))
 
 
 class GroupedLinear(torch.autograd.Function):
-    """grouped_product with its gradients, here and not in the operator since torch.func does not reach through those."""
+    """grouped_product with its gradients; not in the operator, since torch.func does not reach into those."""
 
     generate_vmap_rule = True
 

@@ -304,8 +304,8 @@ def setup_device(settings, processes):
         torch.cuda.set_device(device)
     dtype = settings.dtype
     if dtype == "auto":
-        has_bfloat16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        dtype = "bfloat16" if has_bfloat16 and device.type in ("cuda", "cpu") else "float32"
+        asks = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
+        dtype = "bfloat16" if asks and asks() else "float32"
     torch.backends.cuda.matmul.allow_tf32 = True
     if device.type == "cpu":
         keep_freed_memory()

@@ -626,7 +626,7 @@ def test_compiles_to_one_graph(norm):
 @pytest.mark.skipif(not shutil.which("g++"), reason="the default backend needs g++ on the CPU")
 @pytest.mark.parametrize("norm, autocast", [("gpas_pre", True), ("gpas_deepnorm", False)])
 def test_compiles_with_the_default_backend(norm, autocast):
-    model = randomized(small(norm, n_layer=2))
+    model = randomized(small(norm, n_layer=1))
     idx, targets = batch(model.config)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         eager = gradients(model, idx, targets)
