@@ -774,6 +774,8 @@ def find_data(settings, checkpoint):
         raise UserError(
             f"{folders[0]} was made with tokenizer {tokenizer['name']}, the run with {checkpoint['tokenizer']['name']}"
         )
+    if tokenizer and not checkpoint["tokenizer"]:
+        print(f"the run names no tokenizer: whether {folders[0]} is of the same cannot be told", file=sys.stderr)
     return folders[0]
 
 

@@ -25,6 +25,7 @@ import textwrap
 import tokenize
 import types
 import typing
+from pathlib import Path
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -188,7 +189,8 @@ def comments(declaration):
 def help_text(declaration, description, positional=None):
     """The declaration for a reader: every setting with its type, default and comment."""
     hints, (texts, headings) = typing.get_type_hints(declaration), comments(declaration)
-    lines = [description, "", "usage: python PROGRAM.py [config.py ...] [--name=value ...]" + " [PATH ...]" * bool(positional)]
+    program, paths = Path(sys.argv[0]).name, " [PATH ...]" if positional else ""
+    lines = [description, "", f"usage: python {program} [config.py ...] [--name=value ...]{paths}"]
     for field in dataclasses.fields(declaration):
         if field.name in headings:
             lines += ["", headings[field.name]]

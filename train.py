@@ -856,6 +856,8 @@ def train(processes, stop):
         names = meta["tokenizer"]["name"], tokenizer["name"]
         place = settings.init_from if is_new else out_dir
         raise UserError(f"{folder} was made with tokenizer {names[0]}, {place} with {names[1]}")
+    if meta and checkpoint and not tokenizer and is_main:
+        print(f"the run names no tokenizer: whether {folder} is of the same cannot be told", file=sys.stderr)
 
     train_data, val_data = (
         TokenData(folder, split, config.block_size, config.vocab_size, settings.seed) for split in ("train", "val")

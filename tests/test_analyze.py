@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from test_model import randomized, small
+from test_train import prepare_in_another_tokenizer
 
 import analyze
 import configurator
@@ -619,6 +620,19 @@ def test_figures_without_matplotlib(program, monkeypatch):
     assert (code, err) == (2, "error: figures need matplotlib: pip install matplotlib\n")
     code, out, err = program("out-pre", "--metrics=weights")
     assert code == 0 and "no figures" in out
+
+
+def test_text_of_another_tokenizer(program, folder):
+    other, unnamed = folder / "data" / "other", folder / "out-unnamed"
+    prepare_in_another_tokenizer(other, folder / "text.txt")
+    code, _, err = program("out-pre", f"--dataset={other}")
+    assert code == 2 and err == f"error: {other} was made with tokenizer reversed, the run with byte\n"
+
+    unnamed.mkdir()
+    checkpoint = torch.load(folder / "out-pre" / "ckpt.pt", weights_only=True)
+    torch.save(checkpoint | {"tokenizer": None}, unnamed / "ckpt.pt")
+    code, _, err = program("out-unnamed", f"--dataset={other}", "--metrics=weights", "--figures=false")
+    assert code == 0 and f"names no tokenizer: whether {other} is of the same cannot be told" in err
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,14 @@ def test_losses_by_hand():
     moe(x)  # uniform probabilities of 1/4: every choice of experts gives E/k * sum f_i / 4 = 1; logsumexp is ln 4
     assert moe.balance_loss.item() == pytest.approx(1, abs=1e-6)
     assert moe.z_loss.item() == pytest.approx(math.log(4) ** 2, rel=1e-6)
+    moe.top_k = 2
+    moe(x)
+    assert moe.balance_loss.item() == pytest.approx(1, abs=1e-6)
+    with torch.no_grad():
+        moe.router.weight[:2] = 50  # every token to the experts 0 and 1, with probability 1/2: E/k * (1/2 + 1/2) = 2
+    moe(x)
+    assert moe.load.tolist() == [8, 8, 0, 0]
+    assert moe.balance_loss.item() == pytest.approx(2, abs=1e-4)
 
 
 def test_losses_are_added_in_training_only():

@@ -1,11 +1,13 @@
 """train.py as a program: a small run, what it leaves behind, and what a mistake is answered with."""
 
+import base64
 import contextlib
 import io
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -644,6 +646,27 @@ def test_mistakes_end_in_one_line_and_2(folder, monkeypatch, capsys, args, messa
     assert stop.value.code == 2
     assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
     assert "code in a checkpoint ran" not in out
+
+
+def prepare_in_another_tokenizer(folder, text):
+    """A data set by a tokenizer of as many tokens as the byte one has, which numbers them from the other end."""
+    path = folder.with_name("reversed.tiktoken")
+    path.write_text("".join(f"{base64.b64encode(bytes([255 - i])).decode()} {i}\n" for i in range(256)))
+    settings = dict(dataset=folder.name, data_dir=str(folder.parent), input=[str(text)], tokenizer=str(path))
+    prepare_data.prepare(prepare_data.Settings(**settings))
+
+
+def test_data_of_another_tokenizer(folder, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(folder / "out-gpas_pre", run)
+    prepare_in_another_tokenizer(other, folder / "text.txt")
+    args = ["--eval_only", f"--out_dir={run}", f"--dataset={other}", "--device=cpu"]
+    done = call(*args, cwd=folder)
+    assert (done.returncode, done.stderr) == (2, f"error: {other} was made with tokenizer reversed, {run} with byte\n")
+
+    torch.save(torch.load(run / "ckpt.pt", weights_only=True) | {"tokenizer": None}, run / "ckpt.pt")
+    done = call(*args, cwd=folder)
+    assert done.returncode == 0 and f"names no tokenizer: whether {other} is of the same" in done.stderr
 
 
 # -- its parts ----------------------------------------------------------------------------------------------------------
