@@ -1,4 +1,6 @@
-"""Speed and memory of the placements: `python tests/benchmark.py` (some ten minutes on two cores; --help for the sizes).
+"""Speed and memory of the placements: `python tests/benchmark.py` (most of an hour on two cores; --only selects parts,
+--help lists the sizes). What analyze.py and prepare_data.py take is measured by benchmark_analyze.py and
+benchmark_data.py, which are parts of it and run alone too.
 
 Two things are compared in one run, in turn (A B A B ...), by the ratio of each pair; medians and the range of the
 middle half are printed. Not a test: nothing here passes or fails.
@@ -16,12 +18,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import benchmark_analyze
+import benchmark_data
 from configurator import configure, run
 from model import GPT, MLP, SCHEMES, GPTConfig, MoE
 from test_model import saved_bytes
 from train import keep_freed_memory
 
-PARTS = "schemes", "gpas", "compiled", "memory", "moe", "peak", "llama"
+PARTS = "schemes", "gpas", "compiled", "memory", "moe", "peak", "llama", "analyze", "data"
 
 
 @dataclass
@@ -126,6 +130,26 @@ def layer_step(n_expert, top_k, dtype):
     return step
 
 
+def compare_with_llama(c):
+    try:
+        import transformers
+    except ImportError:
+        print("transformers is not installed: no comparison with its Llama")
+        return
+    print("step time over transformers' Llama of the same size (SDPA attention), eager")
+    config = build("pre", c).config
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=c.n_embd, intermediate_size=config.n_hidden,
+            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
+            max_position_embeddings=c.block_size, use_cache=False,
+        )
+    )  # fmt: skip
+    for dtype in ("float32", "bfloat16"):
+        ours, theirs = (stepper(m, c, dtype, c.batch_size) for m in (build("pre", c), llama))
+        print(f"  {dtype:10} {ratios(ours, theirs, c.pairs)}", flush=True)
+
+
 def main():
     settings = configure(Settings, "Compares the placements' speed and memory.")
     parts = settings.only.split(",")
@@ -172,23 +196,11 @@ def main():
         for dtype in ("float32", "bfloat16"):
             print(f"  {dtype:10} {peak_share(settings, dtype)}", flush=True)
     if "llama" in parts:
-        try:
-            import transformers
-        except ImportError:
-            print("transformers is not installed: no comparison with its Llama")
-            return
-        print("step time over transformers' Llama of the same size (SDPA attention), eager")
-        config = build("pre", settings).config
-        llama = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=config.vocab_size, hidden_size=c.n_embd, intermediate_size=config.n_hidden,
-                num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
-                max_position_embeddings=c.block_size, use_cache=False,
-            )
-        )  # fmt: skip
-        for dtype in ("float32", "bfloat16"):
-            ours, theirs = (stepper(m, settings, dtype, c.batch_size) for m in (build("pre", settings), llama))
-            print(f"  {dtype:10} {ratios(ours, theirs, c.pairs)}", flush=True)
+        compare_with_llama(c)
+    if "analyze" in parts:
+        benchmark_analyze.report(benchmark_analyze.Settings())
+    if "data" in parts:
+        benchmark_data.report(benchmark_data.Settings())
 
 
 if __name__ == "__main__":

@@ -97,8 +97,7 @@ def seconds(f, *args, clock=time.perf_counter):
     return clock() - start
 
 
-def main():
-    settings = configure(Settings, "Times analyze.py.")
+def report(settings):
     torch.manual_seed(0)
     model = GPT(GPTConfig(norm=settings.norm, n_layer=settings.n_layer)).eval()
 
@@ -134,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: report(configure(Settings, "Times analyze.py.")))

@@ -590,7 +590,10 @@ def test_bfloat16_autocast(norm):
 
 def test_a_bfloat16_model_without_gains():
     model = GPT(small("gpas_peri", norm_affine=False, qk_norm="head")).bfloat16()
-    assert model(torch.zeros(1, 4, dtype=torch.int64))[0].dtype == torch.bfloat16
+    idx, targets = batch(model.config)
+    logits, loss = model(idx, targets)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert loss == F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 def test_small_gates_scale_a_bfloat16_branch():
@@ -724,6 +727,9 @@ def test_counts_by_hand():
     # scores and values of 4 heads of 8: 2 products x 2 operations x 3 passes over (T + 1) / 2 keys on average
     assert model.flops_per_token(7) == 6 * matrices + 3 * 4 * 8 * 12 * 4
     assert model.flops_per_token() == 6 * matrices + 3 * 4 * 8 * 12 * 8.5
+    tied = GPT(small("gpas_peri", n_layer=3, n_hidden=24, qk_norm="full", tie_embeddings=True))
+    assert tied.count_params() == {n: total - (2 if n == "non_embedding" else 1) * 29 * 32 for n in model.count_params()}
+    assert tied.flops_per_token(7) == model.flops_per_token(7)
     assert model.mfu(1000, 1e9, T=7) == pytest.approx(model.flops_per_token(7) * 1000 / 1e9)
 
 

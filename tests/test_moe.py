@@ -174,6 +174,8 @@ def test_losses_by_hand():
 def test_losses_are_added_in_training_only():
     model = GPT(moe_config("gpas_pre", balance_weight=0.3, z_weight=0.2, moe_from=2, moe_every=2))
     assert [type(block.mlp).__name__ for block in model.blocks] == ["MLP", "MoE", "MLP", "MoE"]
+    others = GPT(moe_config(moe_from=1, moe_every=2)).blocks
+    assert [type(block.mlp).__name__ for block in others] == ["MoE", "MLP", "MoE", "MLP"]
     idx, targets = batch(model.config)
     loss = model(idx, targets)[1]
     moes = [model.blocks[1].mlp, model.blocks[3].mlp]
@@ -252,12 +254,15 @@ def test_compiles_to_one_graph_whatever_the_load(autocast):
 def test_router_is_float32_under_autocast_and_output_near():
     c = moe_config(n_expert_shared=1)
     moe, x = random_moe(c), torch.randn(2, 9, 32)
-    expected = moe(x)
+    expected, z_loss = moe(x), moe.z_loss
     load = moe.load.clone()
     with torch.autocast("cpu", torch.bfloat16):
         y = moe(x)
-    assert torch.equal(moe.load, load)  # the same choices: routing did not pass through bfloat16
+    assert torch.equal(moe.load, load) and moe.z_loss == z_loss  # routing did not pass through bfloat16
     assert y.dtype == torch.float32 and distance(y, expected) < 0.02
+    moe.bfloat16()(x.bfloat16())
+    logits = x.bfloat16().float().flatten(0, 1) @ moe.router.weight.float().t()
+    assert moe.z_loss.item() == pytest.approx(logits.logsumexp(-1).square().mean().item(), rel=1e-5)
 
 
 def test_a_vmapped_vector_jacobian_product():
