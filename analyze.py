@@ -9,6 +9,7 @@ prints tables and writes analysis.json and, with matplotlib, figures. Each measu
 
     import analyze
     model, _ = analyze.load_run("out-pre")
+    batches = analyze.load_batches("data/stdlib", model.config, tokens=2048, batch_size=8)
     analyze.removal(model, batches)["causal"]          batches: a list of (idx, targets), int64 tensors (B, T)
 
 Layers are l = 1..L; x_l (B, T, n_embd) is the residual state that layer l gets, x_1 the embedding's output (normalized,
@@ -35,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 import prepare_data
 from configurator import UserError, configure, run
-from model import GPT, Block, GPTConfig, gate_scale, times
+from model import GPT, Block, GPTConfig, gate_scale
 from prepare_data import TokenData
 
 METRICS = {
@@ -129,15 +130,14 @@ class Trace:
 
     def watch(self, l, block):
         """Hooks that note what happens in the sub-layers of a block."""
-        for name, scale in zip(("attn", "mlp"), sublayer_scales(block)):
+        for name, scale in zip(("attn", "mlp"), block.gate_scales()):
             module, residual = getattr(block, name), getattr(block, f"{name}_residual")
 
             def note_module(_, __, out, name=name):
                 self.modules[name][l] = out
 
             def note_branch(_, __, h, name=name, residual=residual, scale=scale):
-                h = residual.s_at("branch", times(residual.branch_scale, h))
-                self.branches[name][l] = residual.gpas_at("module", h, scale)
+                self.branches[name][l] = residual.after_out_norm(h, scale)
 
             yield module.register_forward_hook(note_module)
             yield residual.out_norm.register_forward_hook(note_branch)
@@ -167,14 +167,6 @@ class RecordAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def sublayer_scales(block):
-    """1 - act(a) of a block's attention and MLP; (None, None) without gates."""
-    if block.gate is None:
-        return None, None
-    scale = gate_scale(block.gate, block.gpas_act)
-    return scale[:1], scale[-1:]
-
-
 def loss_sum(model, x, targets):
     """Sum over the targets of the cross-entropy in nats that the last residual state x leads to, a float64 scalar."""
     logits = model.lm_head(model.norm(x))
@@ -199,8 +191,15 @@ def evaluation(model, frozen=True):
 
 def measure(start):
     """A function (model, batches) from a generator `start(model)` that gets the Trace of each batch from `yield`, then
-    None, and returns the result; `yield "inside"` asks for the inside of the layers too. Alone it makes a pass of its
-    own; `one_pass` feeds several from the same traces."""
+    None, and returns the result:
+
+        total = 0
+        while trace := (yield):
+            total += ... trace.states ...
+        return total
+
+    `yield "inside"` asks for the inside of the layers too. Alone it makes a pass of its own; `one_pass` feeds several
+    from the same traces."""
 
     def alone(model, batches, **options):
         return one_pass(model, batches, {"": start(model, **options)})[""]
@@ -404,7 +403,7 @@ def experts(model):
     chosen, entropy, n = zeros(model, len(layers), E), zeros(model, len(layers)), 0
     while trace := (yield "inside"):
         for i, l in enumerate(layers):
-            p = model.blocks[l - 1].mlp.router(trace.mlp_inputs[l - 1]).float().softmax(-1).flatten(0, 1)
+            p = model.blocks[l - 1].mlp.route(trace.mlp_inputs[l - 1].flatten(0, 1)).softmax(-1)
             chosen[i] += p.topk(k).indices.flatten().bincount(minlength=E)
             entropy[i] += torch.special.entr(p).sum()
         n += len(p)
@@ -703,25 +702,26 @@ def multiple_choice(model, questions, encoding, batch_size=16):
 
     `questions`: dicts with `prompt`, `choices` (strings) and `answer` (index of a choice, or its text). The best choice
     has the greatest log-likelihood of ' ' + choice after the prompt, divided by the choice's length in characters: the
-    acc_norm of EleutherAI's harness, with its tokenization (of prompt and choice as one text) and its cut of the left
-    end where they exceed the block size. An empty prompt is the start of a document.
+    acc_norm of EleutherAI's harness, with its tokenization (of prompt and choice as one text, the white space between
+    them with the choice) and its cut of the left end where they exceed the block size. An empty prompt is the start of
+    a document.
     """
     rows, block_size = [], model.config.block_size
     for q in questions:
         for choice in q["choices"]:
-            before = prepare_data.encode(encoding, q["prompt"]).tolist()
+            before = prepare_data.encode(encoding, q["prompt"].rstrip()).tolist()
             after = prepare_data.encode(encoding, q["prompt"] + " " + choice).tolist()[len(before) :]
             if len(after) > block_size:
                 text = f"choice {choice[:40]!r} has {len(after)} tokens"
                 raise UserError(f"{text}, more than the block size {block_size}")
             ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
             targets = ids[1:].clone()
-            targets[: -len(after)] = -100
+            targets[: len(targets) - len(after)] = -100
             rows.append((ids[:-1], targets))
     L, device = len(model.blocks), model.lm_head.weight.device
     likelihood = []  # of each row: with all layers, then without layer 1, 2 ...
     with evaluation(model):
-        for first in range(0, len(rows), batch_size):
+        for first in progress(range(0, len(rows), batch_size), "choices"):
             idx, targets = zip(*rows[first : first + batch_size])
             idx = torch.nn.utils.rnn.pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
             targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
@@ -941,6 +941,7 @@ def columns(result):
         yield "importance", "accuracy drop", by_layer(r["score_drop"]), False
     if r := result.get("jacobian"):
         titles = {"deviation": "|J - I|", "deviation_per_d": "|J - I| / d", "off_diagonal": "off-diagonal"}
+        titles["off_diagonal_rms"] = "off-diagonal rms"
         titles.update(diagonal_mean="diagonal mean", diagonal_std="diagonal std", spectral_norm="spectral norm")
         for key, title in titles.items():
             values = torch.full((L + 1,), math.nan, dtype=torch.float64)
@@ -949,7 +950,8 @@ def columns(result):
     if r := result.get("attention"):
         for e, values in zip(ATTENTION_THRESHOLDS, r["causal_sparsity"].mean(2)):
             yield "attention", f"share < {e:g}", by_layer(values), False
-        yield "attention", "share of T^2", by_layer(r["sparsity"][0].mean(1)), False
+        for e, values in zip(ATTENTION_THRESHOLDS, r["sparsity"].mean(2)):
+            yield "attention", f"< {e:g} of T^2", by_layer(values), False
         yield "attention", "entropy", by_layer(r["entropy"].mean(1)), False
     if r := result.get("experts"):
         for title, key in (("dead experts", "dead"), ("router entropy", "entropy")):
@@ -973,6 +975,8 @@ def summary(result):
     if r := result.get("weights"):
         for e, share in zip(WEIGHT_THRESHOLDS, r["sparsity_matrices"].tolist()):
             line[f"matrices |w| < {e:g}"] = share
+        for e, share in zip(WEIGHT_THRESHOLDS, r["sparsity_all"].tolist()):
+            line[f"parameters |w| < {e:g}"] = share
     if r := result.get("removal"):
         line["causal score"], line["causal / sqrt(L)"] = r["causal_score"], r["causal_score_normalized"]
     if r := result.get("permutation"):
@@ -984,6 +988,8 @@ def summary(result):
     if r := result.get("attention"):
         for e, share in zip(ATTENTION_THRESHOLDS, r["causal_sparsity"].mean((1, 2)).tolist()):
             line[f"attention < {e:g}"] = share
+        for e, share in zip(ATTENTION_THRESHOLDS, r["sparsity"].mean((1, 2)).tolist()):
+            line[f"attention < {e:g}, of T^2"] = share
         line["attention entropy"] = r["entropy"].mean().item()
     if r := result.get("experts"):
         line["dead experts"], line["router entropy"] = r["dead"].mean().item(), r["entropy"].mean().item()

@@ -769,8 +769,8 @@ def import_tokenizer(folder):
 
 
 def tokenize(folder, inputs, to):
-    """Writes the texts of `inputs` (as prepare_data takes them) to shards in the folder `to`, half of the documents held
-    out, by the tokenizer.json in `folder` whatever its kind; returns the tokens of both splits.
+    """Writes the texts of `inputs` (as prepare_data takes them) to shards in the folder `to`, half of the documents
+    held out, by the tokenizer.json in `folder` whatever its kind; returns the tokens of both splits.
 
     They stay without a manifest: it would name this tokenizer, the checkpoint names its tiktoken form or none.
     """

@@ -4,14 +4,15 @@ Every scheme is one residual function around a sub-layer f (attention or MLP), w
 A before f, B after f and C after the add (Peri-LN Figure 2):
 
     h = b * B(f(s * A(x)))
-    C present:   x <- C(alpha * gpas(x) + h)      the gate scales the shortcut
-    C absent:    x <- gpas(x + h)                 the gate scales the stream
+    C present:   x <- C(alpha * omega * gpas(x) + h)      the gate scales the shortcut
+    C absent:    x <- gpas(x + h)                         the gate scales the stream
 
-To find a placement read SCHEMES; to see what it does read Residual; to add one write a row. What is not a matter of
-place is a flag of GPTConfig that combines with every row: the kind of norm (NORM_TYPES), a learned scale b of the
-branch (BRANCH_SCALES), the initialization (INITS), the gate's activation (GPAS_ACTS) and place. The rest is a plain
-decoder: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU or experts, no biases and an untied head unless
-asked for, a final norm in every scheme. Docstrings cite the papers by these names:
+The factors s, b, alpha and omega are 1 unless a row or a flag says otherwise. To find a placement read SCHEMES; to
+see what it does read Residual; to add one write a row. What is not a matter of place is a flag of GPTConfig that
+combines with every row: the kind of norm (NORM_TYPES), a learned scale b of the branch (BRANCH_SCALES), the
+initialization (INITS), the gate's activation (GPAS_ACTS) and place. The rest is a plain decoder: RMSNorm, rotary
+embeddings, grouped-query attention, SwiGLU or experts, no biases and an untied head unless asked for, a final norm in
+every scheme. Docstrings cite the papers by these names:
 
     GPAS     Gradient-Preserving Activation Scaling, arXiv 2506.22049
     LNS      The Curse of Depth in Large Language Models (LayerNorm Scaling), arXiv 2502.05795
@@ -171,9 +172,9 @@ class Residual(nn.Module):
     """x -> the scheme's residual around a sub-layer f; (B, T, n_embd) in and out.
 
         h = b * B(f(s * A(x)))
-        x <- C(alpha * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
+        x <- C(alpha * omega * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
 
-    b, a learned scale of the branch, and omega, one of the shortcut beside alpha (Admin), are 1 unless asked for.
+    b is a learned scale of the branch, omega one of the shortcut (Admin); both are 1 unless asked for.
     The constants s and alpha, and the places, belong to layer l = 1..L and stay with the module wherever its block is.
     """
 
@@ -207,9 +208,11 @@ class Residual(nn.Module):
     def branch(self, x, f, scale=None):
         """h, what is added to the shortcut."""
         h = self.s_at("norm", self.pre_norm(x))
-        h = self.out_norm(f(self.gpas_at("norm", h, scale)))
-        h = self.s_at("branch", times(self.branch_scale, h))
-        return self.gpas_at("module", h, scale)
+        return self.after_out_norm(self.out_norm(f(self.gpas_at("norm", h, scale))), scale)
+
+    def after_out_norm(self, h, scale=None):
+        """What scales the branch after B: b, and s or the gate in the ablations that have them here."""
+        return self.gpas_at("module", self.s_at("branch", times(self.branch_scale, h)), scale)
 
     def s_at(self, place, x):
         """s * x if this is the place of s, "norm" but in the ablations of LNS Table 8."""
@@ -240,8 +243,8 @@ def gpas(x, scale, keep=None):
 
         gpas(x) = x - act(a) * sg(x)     forward a scaling by 1 - act(a), backward the identity
 
-    The last line is this definition. It keeps a copy of x (..., n_embd) for the gate's gradient; with keep="input" or
-    "output" that gradient is had from x, or from the result, which the neighbouring operation keeps in any case.
+    The last line is this definition. It keeps x (..., n_embd) for the gate's gradient; with keep="input" or "output"
+    that gradient is had from x, or from the result, whichever the neighbouring operation keeps in any case.
     """
     if keep:
         return KeepGradient.apply(x, scale, keep == "output")
@@ -297,7 +300,7 @@ class GPTConfig:
     n_expert: int = 0  # experts in place of the MLP; 0: a dense MLP
     n_expert_active: int = 2  # top-k: experts that a token reaches
     n_expert_shared: int = 0  # experts that every token reaches besides
-    normalize_gates: bool = True  # gates sum to 1 over the chosen experts; false: OLMoE's, bare probabilities
+    normalize_gates: bool = True  # the chosen experts' weights sum to 1; false: as in OLMoE and Sparsity's code
     average_shared: bool = False  # shared experts are averaged in, as in Sparsity's code; false: added
     moe_from: int = 1  # first layer with experts, from 1
     moe_every: int = 1  # experts in every so-many-th layer from there
@@ -314,20 +317,20 @@ class GPTConfig:
     qk_norm: str | None = None  # queries and keys before the rotation: none, head (per head) or full (whole width)
     v_norm: bool | None = None  # values too, in the same way
     mix_ratio: float = 0.25  # mix: share of the layers, from the first, that are Post-LN
-    s_position: str = "norm"  # lns: s after the norm, branch, residual add; or gain: the initial gain of the norm
+    s_position: str = "norm"  # lns: s after the norm, on the branch, on the residual; gain: learned, from s
     freeze_out_gain: bool = False  # the gains of the norms at B stay at 1 (Peri-LN section 5.3)
     branch_scale: str | None = None  # learned factor on the branch: none, skipinit (a scalar) or layerscale (diagonal)
     layerscale_init: float = 1e-4  # layerscale: initial value
     # gpas
     gpas_act: str = "silu"  # silu, identity, relu, leaky_relu, tanh, scale_silu
-    gpas_position: str = "sublayer"  # after the sublayer, before it, after the norm, after the module
+    gpas_position: str = "sublayer"  # scales after the sublayer, before it, after the norm A, on the module's h
     gpas_stop_gradient: bool = True  # false: naive scaling
     gate_init: float | None = None  # initial value of the gates; none: 0, for relu 0.01
-    gate_per: str = "layer"  # a gate for each layer, or sublayer
+    gate_per: str = "layer"  # layer (one gate for both sub-layers) or sublayer (one each)
     # initialization
     init: str | None = None  # standard deviations, a row of INITS in model.py; none: as the scheme's row says
-    init_std: float = 0.02  # of every matrix
-    init_variance: float | None = None  # c: every matrix has variance c / n_embd instead (Peri-LN section 6.2)
+    init_std: float = 0.02  # of every matrix but the embedding
+    init_variance: float | None = None  # c: they have variance c / n_embd instead (Peri-LN section 6.2)
     embed_std: float = math.sqrt(2 / 5)  # of the embedding (Scaled Embed, as in GPAS's code; LNS's code has 0.02)
 
     def __post_init__(self):
@@ -393,7 +396,7 @@ class GPTConfig:
             "freeze_out_gain": (self.freeze_out_gain and not (has_b and self.norm_affine), "gains of norms at B"),
             "v_norm": (self.v_norm and self.qk_norm == "none", "qk_norm=head or full"),
             "init_variance": (self.init_variance and self.init in ("deepnorm", "olmo", "xavier"), "another init"),
-            "norm_affine": (not self.norm_affine and self.s_position == "gain", "gains: s_position=gain sets them"),
+            "norm_affine": (not self.norm_affine and self.s_position == "gain", "an s_position other than gain"),
         }
         defaults = {"gpas_act": "silu", "gpas_position": "sublayer", "gpas_stop_gradient": True, "gate_per": "layer"}
         for name, default in {**defaults, "gate_init": 0.0}.items():
@@ -405,7 +408,7 @@ class GPTConfig:
             without_effect["gpas_position"] = not all_have_a, "a norm at A in every layer"
         for name, (is_wrong, needed) in without_effect.items():
             if is_wrong:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect with norm {self.norm}: it needs {needed}")
+                raise ValueError(f"{name}={getattr(self, name)} has no effect (norm is {self.norm}): it needs {needed}")
         if self.norm_type == "groupnorm":
             full = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
             widths = {"none": (), "head": (self.head_dim,), "full": full}
@@ -417,7 +420,8 @@ class GPTConfig:
 class Norm(nn.Module):
     """A row of NORM_TYPES over the last dimension, with an eps and parameters of its own.
 
-    Statistics in at least float32. The result has the gain's dtype, float32 under autocast, if that is the wider one.
+    Statistics in at least float32. The result has the wider of x's dtype and the gain's, so float32 under autocast, and
+    x's without a gain.
     """
 
     def __init__(self, config, dim):
@@ -429,6 +433,7 @@ class Norm(nn.Module):
         self.alpha = nn.Parameter(torch.full((1,), config.dyt_alpha)) if is_dyt else None
 
     def forward(self, x):
+        """x (..., dim) -> the same shape."""
         dtype = torch.float32 if self.weight is None else self.weight.dtype
         y = NORM_TYPES[self.norm_type](self, x.to(torch.promote_types(x.dtype, dtype)))
         return y.to(x.dtype) if self.weight is None else y
@@ -482,7 +487,7 @@ ROPE_SCALINGS = {
 def rotary_table(start, T, head_dim, theta, like, scaling=None):
     """Cosine and sine of the angles m * theta^(-2i / head_dim) of positions m = start ... start + T - 1, each
     (T, head_dim / 2), in at least float32, on the device of `like`; `scaling` is GPTConfig's rope_scaling. Computed at
-    each use: as cheap as it is to keep, and a model on the meta device or in float64 needs no care."""
+    each use: it costs no more than keeping it, and a model on the meta device or in float64 needs no care."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim
     position = torch.arange(start, start + T, device=like.device, dtype=dtype)
@@ -519,7 +524,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal attention; query head h reads key/value head floor(h / (n_head / n_kv_head)) (GQA, Sparsity section 2)."""
+    """Causal attention; query head h reads key/value head floor(h / (n_head / n_kv_head)) (GQA, Sparsity Eq. 17)."""
 
     def __init__(self, config):
         super().__init__()
@@ -572,6 +577,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x):
+        """x (..., n_embd) -> the same shape."""
         x = to_matmul_dtype(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -592,7 +598,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Dropless mixture of experts in place of the MLP (Sparsity Eq. 17-18), g the gates of the k chosen experts:
+    """Dropless mixture of experts in place of the MLP (Sparsity Eq. 18), g the weights of the k chosen experts:
 
         p = softmax(W x);   y = sum over the k largest p_i of g_i * expert_i(x);   g = p / sum of the k, or p itself
 
@@ -609,11 +615,16 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared = MLP(config, config.n_expert_shared * config.n_hidden) if config.n_expert_shared else None
 
+    def route(self, tokens):
+        """The router's logits (N, n_expert) of tokens (N, n_embd), in at least float32."""
+        dtype = torch.promote_types(torch.promote_types(tokens.dtype, self.router.weight.dtype), torch.float32)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(tokens.to(dtype), self.router.weight.to(dtype))
+
     def forward(self, x):
+        """x (..., n_embd) -> the same shape, in x's dtype."""
         k, tokens = self.top_k, x.flatten(0, -2)  # (N, n_embd)
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.router.weight.dtype), torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(tokens.to(dtype), self.router.weight.to(dtype))  # (N, n_expert)
+        logits = self.route(tokens)
         p = logits.softmax(-1)
         gates, chosen = p.topk(k)  # (N, k)
         if self.normalize_gates:
@@ -629,7 +640,7 @@ class MoE(nn.Module):
 
         if self.training:
             # Switch form: n_expert / k * sum of f_i * P_i, f_i the share of tokens sent to i, P_i its mean probability
-            f = self.load.to(dtype) / len(tokens)
+            f = self.load.to(p.dtype) / len(tokens)
             self.balance_loss = len(f) / k * (f * p.mean(0)).sum()
             self.z_loss = logits.logsumexp(-1).square().mean()
         if self.shared is None:
@@ -715,12 +726,17 @@ class Block(nn.Module):
         self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
         self.mlp, self.mlp_residual = make_mlp(config, l), Residual(config, l, is_mlp=True)
 
+    def gate_scales(self):
+        """1 - act(a) for the attention's residual and for the MLP's, each (1,); None, None without gates."""
+        if self.gate is None:
+            return None, None
+        scale = gate_scale(self.gate, self.gpas_act)
+        return scale[:1], scale[-1:]
+
     def forward(self, x, cache=None):
+        """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
+        attn_scale, mlp_scale = self.gate_scales()
         bottom = x if self.b2t else None
-        attn_scale = mlp_scale = None
-        if self.gate is not None:
-            scale = gate_scale(self.gate, self.gpas_act)
-            attn_scale, mlp_scale = scale[:1], scale[-1:]
         x = self.attn_residual(x, lambda h: self.attn(h, cache), attn_scale)
         return self.mlp_residual(x, self.mlp, mlp_scale, bottom)
 
@@ -731,7 +747,7 @@ def doubts(config):
     if scheme.n_first and scheme.n_first(config) in (0, config.n_layer):
         yield f"norm {config.norm}: {scheme.n_first(config)} of {config.n_layer} layers are its first kind: not a mix"
     if scheme.s and config.init in ("scaled", "depth", "olmo"):
-        yield f"norm {config.norm} with init {config.init}: together they did worse than LNS alone (LNS section 6)"
+        yield f"norm {config.norm} with init {config.init}: LNS did worse with init scaled than alone (LNS section 6)"
     if scheme.s and config.s_position == "residual":
         yield "s_position residual diverged in the paper (LNS Table 8: perplexity 1358)"
     if gated and config.gpas_act == "relu" and config.gate_init <= 0:
@@ -765,7 +781,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draws every matrix from its own generator, on the CPU; vectors get their constant initial values."""
+        """Draws every matrix from its own generator, on the CPU; vectors get their constant initial values, and omega
+        those of a profiling pass."""
         c = self.config
         for name, p in self.named_parameters():
             if p.is_meta:
@@ -907,8 +924,8 @@ class GPT(nn.Module):
         """Floating-point operations of one token's forward and backward pass in sequences of T tokens (block_size).
 
         6 for each active matrix entry but the embedding table's (a look-up, unless it is the head too), and causal
-        attention as it is needed:
-        a query meets (T + 1) / 2 keys on average, with 2 products of head_dim, 2 operations each, 3 passes.
+        attention as it is needed: a query meets (T + 1) / 2 keys on average, with 2 products of head_dim, 2 operations
+        each, 3 passes.
         """
         config, T = self.config, T or self.config.block_size
         matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)

@@ -54,7 +54,7 @@ from prepare_data import TokenData
 class Settings(GPTConfig):
     vocab_size: int = 0  # rows of the embedding and of the head; 0: the tokenizer's vocabulary
     # run
-    out_dir: str | None = None  # folder of the run; none: out-<norm>
+    out_dir: str | None = None  # folder of the run; none: out-<norm>, or out-<norm>-finetuned for fine-tuning
     init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; or a run's folder: fine-tune its weights
     overwrite: bool = False  # allow a new run to replace the one in out_dir
     eval_only: bool = False  # evaluate the checkpoint in out_dir and exit
@@ -78,22 +78,22 @@ class Settings(GPTConfig):
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient of all but the gates; 0: no clipping
-    gate_clip: float = 0.0  # the same for the gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
+    gate_clip: float = 0.0  # of all gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
     gates: str | None = None  # fixed gates: a number, n_layer of them with commas between, or a run's folder (its)
-    freeze_gates: bool | None = None  # keep the gates at their initial values; none: in fine-tuning (GPAS section 4.1)
+    freeze_gates: bool | None = None  # gates stay what they are at the start; none: in fine-tuning (GPAS section 4.1)
     lisa_layers: int = 0  # LISA: train only the embedding, the head and so many layers, drawn anew; 0: all layers
     lisa_interval: int = 20  # LISA: steps between draws
     nan_patience: int = 3  # steps in a row with a loss or gradient that is not finite, each skipped, that end the run
     # evaluation and log
     eval_interval: int = 50  # steps between evaluations, each followed by a checkpoint
-    eval_iters: int = 50  # batches of the held-out set, the same each time
+    eval_iters: int = 50  # batches of the held-out set, the same each time and for every seed
     log_interval: int = 10  # steps between lines
     sample_tokens: int = 200  # length of a sample
     temperature: float = 0.8  # of a sample; 0: the likeliest token each time
     top_k: int | None = 50  # a sample draws among the k likeliest tokens; none: among all
     # machine
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
-    dtype: str = "auto"  # float32, bfloat16 (autocast), float64; auto: bfloat16 where the processor has it
+    dtype: str = "auto"  # float32 (TF32 on CUDA), bfloat16 (autocast), float64; auto: bfloat16 if the processor has it
     compile: bool | None = None  # torch.compile the model; none: on cuda
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
     recompute: bool = False  # keep only each block's input for the backward pass and compute the block again
@@ -109,13 +109,18 @@ class Settings(GPTConfig):
             self.freeze_gates = is_tuning and has_gates and self.gates is None
         if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
             raise ValueError(f"unknown dtype {self.dtype!r}; known: auto, float32, bfloat16, float64")
-        positive = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval sample_tokens "
-        positive += "lisa_interval nan_patience gpus"
+        positive = (
+            "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval sample_tokens lisa_interval "
+            "nan_patience gpus"
+        )
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        not_negative = "vocab_size max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip "
-        for name in (not_negative + "gate_clip temperature peak_tflops seed").split():
+        not_negative = (
+            "vocab_size max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip gate_clip "
+            "temperature peak_tflops seed"
+        )
+        for name in not_negative.split():
             value = getattr(self, name)
             if value is not None and not 0 <= value < (2**63 if isinstance(value, int) else math.inf):
                 raise ValueError(f"{name} is {value}; it must be at least 0, and finite")
@@ -140,11 +145,11 @@ PER_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus device dty
 
 
 def settings_of_run(given, found):
-    """Where a run is continued, evaluated, sampled or fine-tuned its own settings are the defaults of what is not
-    given: all of them, or for fine-tuning the architecture. `found` takes the "checkpoint" and, as "changed", the other
-    training settings that were given, {name: (before, now)}.
+    """Defaults {name: value} of what is not `given`: where a run is continued, evaluated or sampled, its own settings;
+    where it is fine-tuned, its architecture; {} for a new run.
 
-    UserError if what is given contradicts its architecture.
+    Puts into the dict `found` the run's "checkpoint" and, as "changed", {name: (before, now)} of the training settings
+    that are given otherwise. UserError if what is given contradicts its architecture.
     """
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
@@ -279,8 +284,8 @@ class StopRequest:
 
 
 def keep_freed_memory():
-    """Under glibc, keeps freed activations with the process (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): on the CPU, to fetch
-    fresh pages from the system for each of them costs about a sixth of a step."""
+    """Under glibc, keeps freed activations with the process (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): on the CPU,
+    fetching fresh pages from the system for each of them costs about a sixth of a step."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25), libc.mallopt(-1, (1 << 31) - 1)
@@ -324,9 +329,10 @@ def find_data(settings):
         if folder.is_dir():
             raise UserError(f"{folder} holds no train shards (train_*.bin)")
     if settings.dataset != "stdlib":
+        source = "" if settings.dataset in prepare_data.CORPORA else "--input=PATH "
         raise UserError(
             f"no data set {settings.dataset!r} in {settings.data_dir}/; "
-            f"make it with: python prepare_data.py --input=PATH --dataset={settings.dataset}"
+            f"make it with: python prepare_data.py {source}--dataset={settings.dataset}"
         )
     print("preparing the default data set, this machine's Python standard library")
     return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
@@ -584,8 +590,8 @@ def read_gates(text, config):
 
 @torch.no_grad()
 def evaluate(model, data, settings, device, autocast, processes):
-    """Mean loss in nats over the tokens with a target of eval_iters batches of `data` (all of it if it has fewer), the
-    same at each call. The processes share the batches."""
+    """Mean loss in nats over the tokens with a target of eval_iters batches of `data`, or as many whole batches as it
+    has, the same at each call. The processes share the batches."""
     model.eval()
     n = max(1, min(settings.eval_iters, len(data) // settings.batch_size))
     total = count = 0
@@ -603,21 +609,49 @@ def evaluate(model, data, settings, device, autocast, processes):
 def stream_report(model, x, y, autocast):
     """What training does to the stream, per layer, on one batch x, y (B, T):
 
-    variance     of the residual state after the layer, over the hidden dimensions, mean over tokens (Sparsity Eq. 4)
-    grad_norms   norm of the gradient of the layer's parameters
-    gates        the GPAS gates a, two for a layer with one per sub-layer (the scale is 1 - act(a)); absent without
+    variance        of the residual state after the layer, over the hidden dimensions, mean over tokens (Sparsity Eq. 4)
+    magnitude       its mean |x| over tokens and dimensions (Peri-LN Figure 6), and `largest`, its largest |x|
+    attn_variance   the variance of what the attention adds to the stream, `mlp_variance` of what the MLP adds
+    grad_norms      norm of the gradient of the layer's parameters, and `grad_variance`, the variance of its elements
+                    (Peri-LN Figure 7), of the loss without routers' terms; what is frozen has no gradient
+    gates           the GPAS gates a, two for a layer with one per sub-layer (the scale is 1 - act(a)); absent without
     """
-    variance = []
-    hooks = [
-        block.register_forward_hook(lambda _, __, out: variance.append(out.float().var(-1, correction=0).mean().item()))
-        for block in model.blocks
-    ]
-    with autocast():
-        model(x, y)[1].backward()
+    names = "variance", "magnitude", "largest", "attn_variance", "mlp_variance"
+    report = {name: [] for name in names}
+
+    def note_variance(name, x):
+        report[name].append(x.float().var(-1, correction=0).mean().item())
+
+    def note_state(_, __, x):
+        note_variance("variance", x)
+        report["magnitude"].append(x.float().abs().mean().item())
+        report["largest"].append(x.float().abs().max().item())
+
+    def note_branch(_, __, h, block, i, name):
+        residual = getattr(block, f"{name}_residual")
+        note_variance(f"{name}_variance", residual.after_out_norm(h, block.gate_scales()[i]))
+
+    hooks = []
+    for block in model.blocks:
+        hooks.append(block.register_forward_hook(note_state))
+        for i, name in enumerate(("attn", "mlp")):
+            out_norm = getattr(block, f"{name}_residual").out_norm
+            hooks.append(out_norm.register_forward_hook(partial(note_branch, block=block, i=i, name=name)))
+    model.eval()
+    with torch.no_grad(), autocast():  # apart from the backward pass, in which recomputed blocks run again
+        model(x)
     for hook in hooks:
         hook.remove()
-    grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in model.blocks]
-    report = {"variance": variance, "grad_norms": [whole(torch.nn.utils.get_total_norm(g)).item() for g in grads]}
+    with autocast():
+        model(x, y)[1].backward()
+    model.train()
+    report["grad_norms"], report["grad_variance"] = [], []
+    for block in model.blocks:
+        grads = [p.grad for p in block.parameters() if p.grad is not None]
+        n = max(1, sum(g.numel() for g in grads))
+        norm, mean = whole(torch.nn.utils.get_total_norm(grads)).item(), sum(whole(g.sum()).item() for g in grads) / n
+        report["grad_norms"].append(norm)
+        report["grad_variance"].append(norm**2 / n - mean**2)
     model.zero_grad(set_to_none=True)
     if model.gates():
         gates = [whole(gate.detach()).tolist() for gate in model.gates()]
@@ -727,11 +761,15 @@ def open_loggers(settings, rank):
 
 
 def flat(record):
-    """The numbers of a record of the log by name, those of a list by name/1 ... (the layer)."""
-    numbers = {n: v for n, v in record.items() if isinstance(v, (int, float)) and n != "step"}
-    for name, values in record.items():
-        if isinstance(values, list):
-            numbers.update({f"{name}/{l}": v for l, v in enumerate(values, 1) if isinstance(v, (int, float))})
+    """The numbers of a record of the log by name, those of a list by name/1 ... (the layer), of a list in it by
+    name/1/1 ... (the sub-layer)."""
+    numbers = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            inner = flat({str(i): v for i, v in enumerate(value, 1)})
+            numbers.update({f"{name}/{i}": v for i, v in inner.items()})
+        elif isinstance(value, (int, float)) and name != "step":
+            numbers[name] = value
     return numbers
 
 
@@ -751,7 +789,7 @@ def plan(settings):
         raise UserError(f"{cannot_share(settings, settings.gpus)} GPUs")
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
     tokens = tokens_per_step * settings.max_iters
-    one_vocab = count["total"] - model.lm_head.weight.numel()
+    one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
     # Float32 throughout: the weight, its gradient and AdamW's two moments.
     state = 16 * count["total"] / (settings.gpus if settings.shard else 1)
     activations = activation_bytes(model, settings)
@@ -771,6 +809,7 @@ def plan(settings):
 
 
 def cannot_share(settings, size):
+    """The beginning of an error: what `size` (of GPUs, of processes) does not divide."""
     return f"gradient_accumulation_steps {settings.gradient_accumulation_steps} cannot be shared by {size}"
 
 
@@ -812,6 +851,7 @@ def main():
 
 
 def train(processes, stop):
+    """Reads the settings and does what they ask for: plans, samples or evaluates a run, or trains one."""
     found = {}
     defaults = partial(settings_of_run, found=found)
     settings = configure(Settings, "Pretrains a GPT with any placement of its norms.", defaults=defaults)
@@ -859,9 +899,8 @@ def train(processes, stop):
     if meta and checkpoint and not tokenizer and is_main:
         print(f"the run names no tokenizer: whether {folder} is of the same cannot be told", file=sys.stderr)
 
-    train_data, val_data = (
-        TokenData(folder, split, config.block_size, config.vocab_size, settings.seed) for split in ("train", "val")
-    )
+    train_data = TokenData(folder, "train", config.block_size, config.vocab_size, settings.seed)
+    val_data = TokenData(folder, "val", config.block_size, config.vocab_size)  # in one order for every seed
     sizes = shard_sizes(train_data, val_data)
     if resumed and "dataset" not in found["changed"]:
         check_shards({folder / name: size for name, size in resumed.get("shards", {}).items()})
@@ -955,7 +994,7 @@ def train(processes, stop):
         safe = f"{out_dir}/ckpt.pt is from step {saved_step}" if is_saved else "nothing was saved yet"
         raise UserError(f"{what}; {where}; {safe}, a lower learning_rate may help")
 
-    # -- loop
+    # -- loop: the step calls net, the evaluation compiled; both are the plain model where nothing is wrapped around it
     net = compiled = torch.compile(model) if use_compile and not settings.shard else model
     if processes.size > 1 and not settings.shard:
         net = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
@@ -999,6 +1038,7 @@ def train(processes, stop):
                 print(f"step {step:5d}: {text}")
                 report = stream_report(model, *report_batch[:2], autocast) if is_main or settings.shard else {}
                 log({"step": step, **record, **report})
+        # a run that is skipping steps leaves the checkpoint from before them
         if is_due or (is_stopping and step != saved_step and not skipped):
             with timed("checkpoints"):
                 state = {
@@ -1042,7 +1082,7 @@ def train(processes, stop):
                         part = net(x, y)[1] * (n * processes.size / n_targets)
                     part.backward()
                 loss = loss + part.detach() / processes.size
-        these, batches = batches, read_step(step + 1) if step + 1 < settings.max_iters else []  # as the device computes
+        these, batches = batches, read_step(step + 1) if step + 1 < settings.max_iters else []  # while CUDA computes
         with timed("steps"):
             grad_norm = whole(torch.nn.utils.clip_grad_norm_(others, settings.grad_clip or math.inf)).item()
             gate_norm = 0.0

@@ -168,7 +168,7 @@ def test_a_sharded_run_is_the_plain_one_and_resumes_as_such(folder, runs):  # no
     assert call(*resume, cwd=folder).returncode == 0
     assert_close(losses(folder / "one-float64"), losses(folder / "two-shard"), 1e-9)
     reports = [read_log(folder / run / "log.jsonl")[0] for run in ("one-float64", "two-shard")]
-    for name in ("variance", "grad_norms", "gates"):
+    for name in ("variance", "attn_variance", "grad_norms", "grad_variance", "gates"):
         assert reports[0][name] == pytest.approx(reports[1][name], rel=1e-9)
     after = lambda name: [row for row in losses(folder / name) if row[0] > 4]
     assert_close(after("one-float64"), after("one-float64-4"), 1e-9)

@@ -420,7 +420,7 @@ def test_lns_with_scaled_initialization_warns():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(norm="pre", gpas_act="tanh"), "gpas_act=tanh has no effect with norm pre: it needs a gpas_ scheme"),
+        (dict(norm="pre", gpas_act="tanh"), "gpas_act=tanh has no effect .norm is pre.: it needs a gpas_ scheme"),
         (dict(norm="pre", gate_per="sublayer"), "it needs a gpas_ scheme"),
         (dict(norm="pre", gate_init=0.1), "it needs a gpas_ scheme"),
         (dict(norm="gpas_pre", gpas_act="gelu"), "unknown gpas_act 'gelu'; known: silu, identity"),
@@ -429,7 +429,7 @@ def test_lns_with_scaled_initialization_warns():
         (dict(norm="pre", freeze_out_gain=True), "it needs gains of norms at B"),
         (dict(norm="pre", v_norm=True), "it needs qk_norm"),
         (dict(norm="olmo_init", init_variance=2.0), "it needs another init"),
-        (dict(norm="lns", s_position="gain", norm_affine=False), "it needs gains"),
+        (dict(norm="lns", s_position="gain", norm_affine=False), "it needs an s_position other than gain"),
         (dict(norm="group", norm_groups=5), "norm_groups 5 does not divide the width 32"),
         (dict(norm="pre", branch_scale="rezero"), "unknown branch_scale 'rezero'; known: none, skipinit, layerscale"),
         (dict(norm="pre", init="he"), "unknown init 'he'; known: normal, scaled"),

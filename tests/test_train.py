@@ -495,7 +495,7 @@ def test_every_token_with_a_target_weighs_the_same(folder, tmp_path):
         done = call(*SMALL, *SHORT, *step, f"--out_dir={tmp_path}", cwd=folder)
         assert done.returncode == 0, done.stderr
         config = GPTConfig(**train.load_checkpoint(tmp_path)["config"])
-        data, val = (Masked(folder / "data" / "d", split, 32, 257, seed=1337) for split in ("train", "val"))
+        data, val = (Masked(folder / "data" / "d", split, 32, 257, seed) for split, seed in (("train", 1337), ("val", 0)))
     model = train.build_model(config, None, train.Settings(), torch.device("cpu"), "float64")
     x, y = map(torch.from_numpy, data.rows(0, 6))
     loss = model(x, y)[1]
@@ -681,20 +681,38 @@ def test_learning_rate_by_hand():
 
 
 def test_stream_report_by_hand():
-    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=3, n_embd=16, n_head=2, norm="gpas_pre"))
+    sizes = dict(block_size=8, vocab_size=11, n_layer=3, n_embd=16, n_head=2, n_expert=4, n_hidden=8)
+    model = GPT(GPTConfig(norm="gpas_sandwich", branch_scale="skipinit", balance_weight=100.0, **sizes))
     torch.nn.init.constant_(model.blocks[1].gate, 0.3)
     x = torch.randint(0, 11, (2, 8))
     report = train.stream_report(model, x, x, contextlib.nullcontext)
-    h, expected = model.embed_tokens(x), []
+    variance = lambda h: ((h - h.mean(-1, keepdim=True)) ** 2).mean().item()
+    h, expected = model.embed_tokens(x), {n: [] for n in ("variance", "magnitude", "largest", "attn_variance", "mlp_variance")}
     for block in model.blocks:
-        h = block(h)
-        expected.append(((h - h.mean(-1, keepdim=True)) ** 2).mean().item())
-    assert report["variance"] == pytest.approx(expected, rel=1e-5)
+        scale = 1 - torch.nn.functional.silu(block.gate)
+        for name, f in (("attn", block.attn), ("mlp", block.mlp)):
+            residual = getattr(block, f"{name}_residual")
+            branch = residual.branch_scale * residual.out_norm(f(residual.pre_norm(h)))
+            expected[f"{name}_variance"].append(variance(branch))
+            h = scale * (h + branch)
+        expected["variance"].append(variance(h))
+        expected["magnitude"].append(h.abs().mean().item())
+        expected["largest"].append(h.abs().max().item())
+    for name, values in expected.items():
+        assert report[name] == pytest.approx(values, rel=1e-5), name
     assert report["gates"] == pytest.approx([0, 0.3, 0])
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters()) and model.training
+    model.eval()  # without the router's losses
     model(x, x)[1].backward()
-    norm = sum((p.grad**2).sum() for p in model.blocks[2].parameters()).sqrt().item()
-    assert report["grad_norms"][2] == pytest.approx(norm, rel=1e-5)
+    g = torch.cat([p.grad.flatten() for p in model.blocks[2].parameters()])
+    assert report["grad_norms"][2] == pytest.approx(g.norm().item(), rel=1e-5)
+    assert report["grad_variance"][2] == pytest.approx(g.var(correction=0).item(), rel=1e-4)
+
+
+def test_flat_names_layers_and_sublayers():
+    record = {"step": 3, "loss": 1.0, "variance": [2.0, 3.0], "gates": [[0.1, 0.2]], "changed": {"seed": [1, 2]}}
+    flat = {"loss": 1.0, "variance/1": 2.0, "variance/2": 3.0, "gates/1/1": 0.1, "gates/1/2": 0.2}
+    assert train.flat(record) == flat
 
 
 def test_clock():
