@@ -631,12 +631,12 @@ def usefulness(model, batches, threshold=1.1):
 
     ratio       (L)    loss(l replaced) / loss
     loss_drop   (L)    loss(l replaced) - loss
-    useful      (L)    bool: ratio > 1.1, effective and not wasted
+    useful      (L)    bool: ratio > threshold, effective and not wasted
     effective, wasted  how many layers are and are not
     score       float  effective / L
 
     Two passes over `batches` (a list): one fits, one measures. Sparsity's published script installs the fitted matrix
-    transposed in nn.Linear, which makes every layer look useful. Warns under 4 d tokens, UserError under d + 1.
+    transposed in nn.Linear, which makes its scores too high. Warns under 4 d tokens, UserError under d + 1.
     """
     maps = affine_maps(model, batches)
     return replacement(model, batches, maps=maps, threshold=threshold)

@@ -1,6 +1,7 @@
 """What the runs of GPAS Table 1 share. Data: C4 with T5's tokenizer (32,000 pieces, which tiktoken cannot read);
 offline stand-in: --dataset=stdlib --vocab_size=0, bytes. Length 256, the optimizer, the decay to 10 % and the untied
-head are from its code. The gates are not clipped, but for Sandwich-LN at 1B: --gate_clip=0.01."""
+head are from its code. The gates are not clipped, but for Sandwich-LN at 1B: --gate_clip=0.01.
+Its LNS rows (Table 2) have learned gains that start at 1/sqrt(l): --norm=lns --s_position=gain, and so gpas_lns."""
 
 dataset = "c4"
 vocab_size = 32000

@@ -1,7 +1,9 @@
 """What Peri-LN's runs share (Tables 2 and 3). Data: 30B tokens of DCLM with cl100k_base (prepare_data.py has it, once
 downloaded); offline stand-in: --dataset=stdlib --vocab_size=0, bytes. The MLP's width is not stated: 4 n_embd gives the
 stated sizes. Five seeds: --seed. The rates: 2e-3 for Pre-LN and Peri-LN, lower for Post-LN. Not stated: where the decay
-ends (10 % here), betas and clipping (Megatron-LM's defaults here)."""
+ends (10 % here), betas and clipping (Megatron-LM's defaults here), and whether the initialization sweep of section 6.2
+(--init_variance=10, 2, 1, 0.1) draws the embedding too (embed_std says so here). Its QK-norm row has LayerNorm on
+queries and keys only; --qk_norm=head takes the model's norm_type."""
 
 dataset = "dclm"
 norm = "peri"

@@ -1,5 +1,5 @@
 """Sparsity Table 7, MoE-2BA400M, 5B tokens. FineWeb-Edu with GPT-NeoX's tokenizer; offline: --dataset=stdlib
---vocab_size=0."""
+--vocab_size=0. Its code differs from the paper: --normalize_gates=false --average_shared."""
 
 from config.sparsity import *
 

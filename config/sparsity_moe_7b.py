@@ -1,6 +1,7 @@
 """Sparsity Table 7, MoE-7BA1B, 5B tokens. Its expert width of 2048 gives 13.3B parameters, 2.0B of them active; 1024
 gives 6.8B and 1.18B, which is the name: 1024 here. FineWeb-Edu with GPT-NeoX's tokenizer; offline: --dataset=stdlib
---vocab_size=0. Beyond one GPU's memory: torchrun --nproc_per_node=8."""
+--vocab_size=0. Beyond one GPU's memory: torchrun --nproc_per_node=8. Its code differs from
+the paper: --normalize_gates=false."""
 
 from config.sparsity import *
 

@@ -1,6 +1,6 @@
 """Sparsity Table 8 and Figure 1, the recipe's last step: 32 layers of experts, G = 2, T = 4096, weight decay 0.3; 10B
 tokens. FineWeb-Edu with GPT-NeoX's tokenizer; offline: --dataset=stdlib --vocab_size=0. Beyond one GPU's memory:
-torchrun --nproc_per_node=8."""
+torchrun --nproc_per_node=8. Its code differs from the paper: --normalize_gates=false."""
 
 from config.sparsity_recipe_32 import *
 

@@ -411,7 +411,7 @@ def test_hybrid_is_ffn_of_norm_plus_norm():
 
 
 def test_lns_with_scaled_initialization_warns():
-    with pytest.warns(UserWarning, match="worse than LNS alone"):
+    with pytest.warns(UserWarning, match="did worse with init scaled than alone"):
         GPT(small("lns", init="scaled"))
     with pytest.warns(UserWarning, match="diverged"):
         GPT(small("lns", s_position="residual"))
