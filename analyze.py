@@ -754,14 +754,18 @@ def load_run(out_dir, device="cpu"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-        (checkpoint["settings"], checkpoint["tokenizer"], checkpoint["step"])  # a KeyError here is a damaged file too
+        if checkpoint["tokenizer"] is not None:
+            prepare_data.build_encoding(checkpoint["tokenizer"])
+        if not all(type(checkpoint["settings"][name]) is str for name in ("dataset", "data_dir")):
+            raise ValueError("its settings name no data set")
+        int(checkpoint["step"])  # a KeyError here is a damaged file too
         return model.to(device).eval(), checkpoint
     except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
         reason = str(error).splitlines()[0] if str(error) else ""
         raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}") from None
 
 
-def find_data(settings, checkpoint):
+def find_data(settings, checkpoint, speaks=False):
     """Folder of the data set that the settings or the run name; UserError if it is missing or of another tokenizer."""
     of_run = checkpoint["settings"]
     dataset, data_dir = settings.dataset or of_run["dataset"], settings.data_dir or of_run["data_dir"]
@@ -774,8 +778,8 @@ def find_data(settings, checkpoint):
         raise UserError(
             f"{folders[0]} was made with tokenizer {tokenizer['name']}, the run with {checkpoint['tokenizer']['name']}"
         )
-    if tokenizer and not checkpoint["tokenizer"]:
-        print(f"the run names no tokenizer: whether {folders[0]} is of the same cannot be told", file=sys.stderr)
+    if tokenizer and not checkpoint["tokenizer"] and speaks:
+        print(f"warning: the run names no tokenizer: whether {folders[0]} is of the same cannot be told", file=sys.stderr)
     return folders[0]
 
 
@@ -788,6 +792,7 @@ def load_batches(folder, config, tokens, batch_size, block_size=None, device="cp
     data = TokenData(folder, "val", T, config.vocab_size)
     n = min(math.ceil(tokens / T), len(data))
     rows = [torch.from_numpy(r).to(device) for r in data.rows(0, n)]
+    batch_size = min(batch_size, n)
     return list(zip(rows[0].split(batch_size), rows[1].split(batch_size)))
 
 
@@ -806,7 +811,8 @@ def read_questions(path):
             prompt, choices, answer = q["prompt"], q["choices"], q["answer"]
             is_index = type(answer) is int and 0 <= answer < len(choices)
             good = type(choices) is list and all(type(text) is str for text in [prompt, *choices])
-            good = good and (is_index or answer in choices)
+            good = good and len(choices) > 0 and (is_index or answer in choices)
+            "".join([prompt, *choices]).encode()  # half of a surrogate pair has no bytes
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
@@ -821,7 +827,8 @@ def read_questions(path):
 
 
 def read_log(out_dir):
-    """The lines of out_dir/log.jsonl as dicts, [] without one; a line cut off by the end of its process is left out."""
+    """The lines of out_dir/log.jsonl as dicts, [] without one; a line that is none, as the last may be after the end of
+    its process, is left out."""
     path, records = Path(out_dir) / "log.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -1006,6 +1013,7 @@ def show(value):
 
 
 def print_table(head, rows):
+    """Rows of cells (strings) under a head, the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
@@ -1027,6 +1035,9 @@ def print_run(result):
 def print_summary(results):
     """The runs' whole-model numbers, a column a run."""
     lines = {name: summary(result) for name, result in results.items()}
+    for name, ratios in weight_ratios(results).items():
+        for part, title in (("attn", "attention"), ("mlp", "MLP")):
+            lines[name][f"{title} weights / first run's"] = ratios[part].mean().item()
     names = list(dict.fromkeys(key for line in lines.values() for key in line))
     if names:
         print_table(["", *lines], [[key, *(show(line.get(key, math.nan)) for line in lines.values())] for key in names])
@@ -1298,11 +1309,11 @@ def main():
         device = torch.device(device)
         torch.empty(1, device=device, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0][:200]}") from None
     if settings.choices:
         read_questions(settings.choices)
     for out_dir in settings.out_dirs:
-        find_data(settings, load_run(out_dir)[1])
+        find_data(settings, load_run(out_dir)[1], speaks=True)
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (settings.out_dirs[0] if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)

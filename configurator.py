@@ -19,6 +19,7 @@ import difflib
 import inspect
 import io
 import math
+import re
 import runpy
 import sys
 import textwrap
@@ -35,8 +36,8 @@ class UserError(Exception):
 
 
 def run(main, *args):
-    """Runs a program's main(*args); a UserError, or an OSError that nothing below explained, ends it with one line on
-    standard error and exit code 2, Ctrl-C with one line and 130."""
+    """Runs a program's main(*args); a UserError, or an OSError or lack of memory that nothing below explained, ends it
+    with one line on standard error and exit code 2, Ctrl-C with one line and 130."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
         main(*args)
@@ -44,11 +45,15 @@ def run(main, *args):
         message, code = str(error), 2
     except OSError as error:
         message, code = f"{error.filename or 'writing'}: {error.strerror or error}", 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+            raise
+        message, code = f"not enough memory: {error}", 2
     except KeyboardInterrupt:
         message, code = "interrupted; what was saved before is untouched", 130
     else:
         return
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -96,9 +101,13 @@ def configure(declaration, description, argv=None, positional=None, defaults=Non
                 text = args.pop(0)
             values[name] = parse(name, text, kind)
         seen.add(name)
+    values = {**(defaults(values) if defaults else {}), **values}
+    for name, value in values.items():
+        if name in kinds and not fits(value, kinds[name]):
+            raise UserError(f"{name} expects {kind_name(kinds[name])}, got {value!r}")
     try:
-        return declaration(**{**(defaults(values) if defaults else {}), **values})
-    except ValueError as error:
+        return declaration(**values)
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(str(error)) from None
 
 
@@ -114,6 +123,14 @@ def kind_of(name, kinds, what):
 def options(kind):
     """The members of a union type, or the type alone."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def fits(value, kind):
+    """Whether a value is of the declared type; a text with a zero byte is none, since no file can be named so."""
+    if isinstance(value, list) and is_list(kind):
+        return all(type(v) is str and "\0" not in v for v in value)
+    is_number = type(value) is int and float in options(kind) and abs(value) < 2**53
+    return (is_number or type(value) in options(kind)) and not (type(value) is str and "\0" in value)
 
 
 def is_list(kind):
@@ -157,10 +174,7 @@ def read_config_file(path, kinds):
         if name.startswith("_") or (name not in kinds and (isinstance(value, types.ModuleType) or callable(value))):
             continue
         kind = kind_of(name, kinds, f"setting in {path}: ")
-        if float in options(kind) and type(value) is int and abs(value) < 2**53:
-            value = float(value)
-        fits = any(type(value) is (typing.get_origin(k) or k) for k in options(kind))
-        if not fits or (is_list(kind) and not all(type(v) is str for v in value or [])):
+        if not fits(value, kind):
             raise UserError(f"config file {path}: {name} expects {kind_name(kind)}, got {value!r}")
         values[name] = value
     return values
@@ -174,6 +188,8 @@ def comments(declaration):
         fields = [f.name for f in dataclasses.fields(cls)]
         heading = name = None
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.string == "def":  # what follows are not fields
+                break
             before = token.line[: token.start[1]]
             if token.type == tokenize.NAME and token.start[1] == 4 and token.string in fields:
                 name = token.string

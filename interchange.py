@@ -13,10 +13,11 @@ one: FAMILIES is one table from their names to ours, read in both directions.
 
 import base64
 import copy
-import importlib
 import json
 import math
+import re
 import shutil
+import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,8 @@ import torch
 import torch.nn as nn
 
 import prepare_data
-from configurator import UserError, configure, run
+from analyze import load_run
+from configurator import UserError, configure, fits, kind_name, run
 from model import GPAS_ACTS, GPT, GPTConfig, MoE, Norm, find_scheme
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,14 +526,24 @@ def absorb(plain):
     return plain
 
 
+EXPORTED = "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+
+
 def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, overwrite=False):
     """Writes `model`, folded, to `folder` for transformers: config.json, model.safetensors in the weights' dtype, and
     the files of `tokenizer` (a checkpoint's tokenizer state). Returns the family's name and the largest difference of
     its logits to the model's on random tokens, most of which is rounding and that all norms there have one eps.
 
-    UserError where no family is the model's, and, with nothing written, for a difference above `max_difference`.
+    UserError where no family is the model's, and, with nothing written, for a difference above `max_difference`. What
+    `overwrite` replaces is an earlier export and nothing else.
     """
-    save_file = need("safetensors.torch", "safetensors").save_file
+    save_file, folder = prepare_data.optional("safetensors.torch", "safetensors").save_file, Path(folder).resolve()
+    if folder.exists():
+        others = sorted({p.name for p in folder.iterdir()} - set(EXPORTED)) if folder.is_dir() else ["a file"]
+        if others:
+            raise UserError(f"{folder} is not an export, it holds {others[0]}: name another folder")
+        if not overwrite:
+            raise UserError(f"{folder} exists; --overwrite replaces it")
     plain = absorb(fold(model))
     name = find_family(plain, family)
     tensors, c = to_theirs(plain, FAMILIES[name]), plain.config
@@ -549,14 +561,14 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
     if not difference <= max_difference:
         raise UserError(f"as {name} its logits differ by {difference:.1e}, more than max_difference {max_difference}")
 
-    folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists; --overwrite replaces it")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({n: t.cpu() for n, t in tensors.items()}, partial / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file({n: t.cpu() for n, t in tensors.items()}, partial / "model.safetensors", metadata={"format": "pt"})
+        except Exception as error:  # safetensors has an error class of its own, for a full disk too
+            raise UserError(f"cannot write {folder}: {error}") from None
         files = {"config.json": settings, **tokenizer_files(tokenizer, c)}
         for file, content in files.items():
             (partial / file).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -595,13 +607,21 @@ def import_hf(folder, block_size=None):
     UserError for a family that is not in FAMILIES, for a setting that has an effect and no place in GPTConfig, and for
     tensors that are missing, too many or of another shape. `block_size` shortens the context.
     """
-    safe_open, folder = need("safetensors", "safetensors").safe_open, Path(folder)
-    family, config = fields_of(read_json(folder / "config.json"))
+    safe_open, folder = prepare_data.optional("safetensors").safe_open, Path(folder)
+    try:
+        family, config = fields_of(read_json(folder / "config.json"))
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise UserError(f"{folder}/config.json is damaged ({type(error).__name__}: {error})") from None
+    if block_size and block_size > config.block_size:
+        raise UserError(f"block_size {block_size} is longer than the {config.block_size} of {folder}")
     config.block_size = block_size or config.block_size
     where = {}  # tensor -> open file
     try:
         if (folder / "model.safetensors.index.json").exists():
-            files = sorted(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
+            index = read_json(folder / "model.safetensors.index.json")
+            if not isinstance(index.get("weight_map"), dict):
+                raise UserError(f"{folder}/model.safetensors.index.json has no weight_map of tensors to files")
+            files = sorted(set(index["weight_map"].values()))
         else:
             files = ["model.safetensors"]
         for file in files:
@@ -644,6 +664,10 @@ def fields_of(theirs):
     for name, value in theirs.items():
         if name not in NO_EFFECT and not name.startswith("_") and value not in (None, False):
             raise UserError(f"config.json has {name} {value!r}, which nothing here represents")
+    hints = typing.get_type_hints(GPTConfig)
+    for name, value in fields.items():
+        if not fits(value, hints[name]):
+            raise UserError(f"config.json gives {name} as {value!r}; it must be {kind_name(hints[name])}")
     try:
         norm = SCHEME_OF_PLACES[family.places]
         return family, GPTConfig(norm=norm, qk_norm=family.qk_norm, qkv_bias=family.qkv_bias, **fields)
@@ -768,6 +792,16 @@ def import_tokenizer(folder):
     return state, None
 
 
+def clear_data(folder, overwrite):
+    """Removes the shards of an earlier import; UserError if they are not to be, or if it is another folder."""
+    others = [path.name for path in folder.iterdir() if not re.fullmatch(r"(train|val)_\d{6}\.bin", path.name)]
+    if others:
+        raise UserError(f"{folder} holds {others[0]}: it is not the data of an import, give another --out_dir")
+    if not overwrite:
+        raise UserError(f"{folder} exists; --overwrite replaces it")
+    shutil.rmtree(folder)
+
+
 def tokenize(folder, inputs, to):
     """Writes the texts of `inputs` (as prepare_data takes them) to shards in the folder `to`, half of the documents
     held out, by the tokenizer.json in `folder` whatever its kind; returns the tokens of both splits.
@@ -822,14 +856,6 @@ class Settings:
             raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
 
 
-def need(module, package):
-    """The module, of an optional package; UserError names its pip install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"this needs {package}: pip install {package}") from None
-
-
 def read_json(path):
     """The object in a JSON file; UserError."""
     try:
@@ -841,21 +867,6 @@ def read_json(path):
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content
-
-
-def load_run(out_dir):
-    """(GPT, checkpoint dict) of the run in out_dir, on the CPU; UserError."""
-    path = Path(out_dir) / "ckpt.pt"
-    if not path.exists():
-        raise UserError(f"no checkpoint {path}; train one first, or name its folder with --out_dir=")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-        return model.eval(), checkpoint
-    except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}") from None
 
 
 def save_run(model, out_dir, tokenizer):
@@ -897,6 +908,9 @@ def main():
 
     if (out_dir / "ckpt.pt").exists() and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run; --overwrite replaces it")
+    prepare_data.find_files(settings.text)  # what is wrong ends it before anything is written
+    if settings.text and (out_dir / "data").exists():
+        clear_data(out_dir / "data", settings.overwrite)
     model = import_hf(settings.import_from, settings.block_size)
     tokenizer, why = import_tokenizer(settings.import_from)
     out_dir.mkdir(parents=True, exist_ok=True)

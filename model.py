@@ -271,7 +271,7 @@ class KeepGradient(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return g.to(ctx.dtype), None, None
         kept, scale = ctx.saved_tensors
-        total = (g * kept.detach()).sum().to(scale.dtype).expand_as(scale)
+        total = torch.dot(g.flatten(), kept.detach().to(g.dtype).flatten()).to(scale.dtype).expand_as(scale)  # no copy
         return g.to(ctx.dtype), total / scale.detach() if ctx.from_output else total, None
 
 
@@ -345,16 +345,18 @@ class GPTConfig:
         if self.gate_init is None:
             self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
         for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "norm_groups", "head_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and under 2^31")
         if self.n_expert < 0 or self.n_expert_shared < 0:
             raise ValueError(f"n_expert {self.n_expert} and n_expert_shared {self.n_expert_shared} must be at least 0")
         if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
             raise ValueError(f"n_expert_active {self.n_expert_active} must lie between 1 and n_expert {self.n_expert}")
         if self.moe_every < 1 or not 1 <= self.moe_from <= self.n_layer:
             raise ValueError(f"moe_from {self.moe_from} must be a layer and moe_every {self.moe_every} at least 1")
-        if not (self.balance_weight >= 0 and self.z_weight >= 0):
-            raise ValueError(f"balance_weight {self.balance_weight} and z_weight {self.z_weight} must be at least 0")
+        for name in ("balance_weight", "z_weight", "gate_init", "dyt_alpha", "layerscale_init"):
+            value, least = getattr(self, name), 0 if name.endswith("_weight") else -math.inf
+            if not (least <= value and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; it must be {'at least 0 and ' * (least == 0)}finite")
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; or give a head_dim")
@@ -383,10 +385,10 @@ class GPTConfig:
                 raise ValueError(f"{name} is {value}; it must be positive")
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("rope_type")
-            if kind not in ROPE_SCALINGS:
+            if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
                 raise ValueError(f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}")
             names, given = ROPE_SCALINGS[kind][0], {n: v for n, v in self.rope_scaling.items() if n != "rope_type"}
-            are_numbers = all(type(v) in (int, float) and 0 < v < math.inf for v in given.values())
+            are_numbers = all(type(v) in (int, float) and 0 < v < 1e30 for v in given.values())
             if set(given) != set(names) or not are_numbers:
                 raise ValueError(f"rope_scaling of type {kind} needs positive numbers {', '.join(names)}; got {given}")
         places = [scheme.places(self, l, m) for l in range(1, self.n_layer + 1) for m in (False, True)]
@@ -875,11 +877,12 @@ class GPT(nn.Module):
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
+                logits = logits - logits.amax(-1, keepdim=True)  # at most 0: no overflow at a low temperature
+                logits = logits / max(temperature, 1e-30)
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                below_best = logits - logits.amax(-1, keepdim=True)  # at most 0: no overflow at a low temperature
-                new = torch.multinomial(F.softmax(below_best / max(temperature, 1e-30), dim=-1), 1)
+                new = torch.multinomial(F.softmax(logits, dim=-1), 1)
             idx = torch.cat((idx, new), dim=1)
         return idx
 

@@ -563,7 +563,7 @@ def read_jobs(inputs, position, fields):
                 if size >= JOB // 2:
                     yield job, (index, offset, number), done + consumed
                     job, size = [], 0
-        except (EOFError, zlib.error, lzma.LZMAError, http.client.HTTPException, OSError) as error:
+        except (EOFError, zlib.error, lzma.LZMAError, http.client.HTTPException, ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"input {source.path} cannot be read: {reason}") from None
         except Exception as error:
@@ -978,7 +978,6 @@ class TokenData:
         self.masks = [open_mask(path, tokens) for path, tokens in zip(self.paths, self.shards)]
         counts = [max(0, (len(tokens) - 1) // block_size) for tokens in self.shards]
         self.ends = np.cumsum(counts)
-        self.n_tokens = sum(len(tokens) for tokens in self.shards)
         meta = read_meta(folder)
         if meta:
             is_small = sum(tokens.nbytes for tokens in self.shards) <= CHECKED
@@ -1070,6 +1069,7 @@ def read_meta(folder):
         counts = [meta["vocab_size"], *(meta["splits"][s][n] for s in ("train", "val") for n in ("tokens", "bytes"))]
         if not all(type(count) is int and count > 0 for count in counts):
             raise ValueError("its counts are not positive integers")
+        [(shard["file"], shard["tokens"]) for split in meta["splits"].values() for shard in split["shards"]]
         return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
@@ -1133,10 +1133,7 @@ def adopt(settings):
     if (folder / "meta.json").exists():
         raise UserError(f"{folder} has a meta.json already")
     encoding, splits = get_tokenizer(settings.tokenizer, settings.eot_token), {}
-    if isinstance(encoding, JsonTokenizer):
-        lengths = np.array([len(encoding.decode([i]).encode()) for i in range(encoding.n_vocab)])
-    else:
-        lengths = np.array([len(decode_bytes(encoding, [i])) for i in range(encoding.n_vocab)])
+    lengths = np.array([len(decode_bytes(encoding, [i])) for i in range(encoding.n_vocab)])
     for split in ("train", "val"):
         shards, n_documents, n_bytes = [], 0, 0
         for path in shard_paths(folder, split):
@@ -1457,7 +1454,8 @@ def check_problems(settings, progress, source, n_waiting=0):
     if n_broken > settings.max_broken * max(total, 1):
         first = ", ".join(f"{kind} at {places[0]}" for kind, (_, places) in broken.items())
         share = f"more than max_broken {settings.max_broken}"
-        raise BadText(f"{n_broken} of {total} documents are broken, {share}: {first}")
+        hint = "; --text_field= names the field of the text" if any("JSON" in kind for kind in broken) else ""
+        raise BadText(f"{n_broken} of {total + n_broken} documents are broken, {share}: {first}{hint}")
     if not total:
         raise BadText(f"no text in {', '.join(source)}")
     if not progress["documents"][0] and not n_waiting:

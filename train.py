@@ -70,7 +70,7 @@ class Settings(GPTConfig):
     # optimization: AdamW, linear warm-up, cosine decay
     max_iters: int = 300  # steps
     learning_rate: float = 4e-3  # at its highest
-    min_lr: float = 4e-4  # at the end of the decay
+    min_lr: float | None = None  # at the end of the decay; none: a tenth of learning_rate
     warmup_iters: int = 30  # steps of linear warm-up
     lr_decay_iters: int | None = None  # step at which min_lr is reached; none: max_iters
     weight_decay: float = 0.1  # on matrices
@@ -123,9 +123,11 @@ class Settings(GPTConfig):
         for name in not_negative.split():
             value = getattr(self, name)
             if value is not None and not 0 <= value < (2**63 if isinstance(value, int) else math.inf):
-                raise ValueError(f"{name} is {value}; it must be at least 0, and finite")
+                raise ValueError(f"{name} is {value}; it must be at least 0, and finite (a whole number under 2^63)")
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie between 0 and 1")
+            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be at least 0 and under 1")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or none")
         if self.gates is not None and self.freeze_gates:
@@ -160,6 +162,8 @@ def settings_of_run(given, found):
     is_tuning = init_from not in ("scratch", "resume") and not is_call
     place = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
     checkpoint = found["checkpoint"] = load_checkpoint(place)
+    if not is_tuning and given.get("gates", (was := checkpoint["settings"].get("gates"))) != was:
+        raise UserError("gates are set where a run begins: they do not go with resume, eval_only or sample")
     before = dict(checkpoint["config"])
     if not is_tuning:
         known = Settings.__dataclass_fields__.keys() - PER_CALL
@@ -433,6 +437,10 @@ def read_checkpoint(path):
     strange = [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]
     if strange:
         raise ValueError(f"its {strange[0]} is a {type(checkpoint[strange[0]]).__name__}")
+    if not isinstance(checkpoint.get("shards", {}), dict) or checkpoint["step"] < 0:
+        raise ValueError("its shards or its step are none")
+    if checkpoint["tokenizer"] is not None:
+        prepare_data.build_encoding(checkpoint["tokenizer"])
     GPTConfig(**checkpoint["config"])
     return checkpoint
 
@@ -472,10 +480,13 @@ def placed_as(like, value):
 
 def load_optimizer(optimizer, saved, groups):
     """Gives the optimizer the `saved` state, in portable form, with the hyperparameters of `groups`. ValueError or
-    KeyError if it does not fit."""
+    another error of look-up if it does not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for i, moments in saved["state"].items():
+        for name, value in moments.items():
+            if value.dim() and value.shape != params[i].shape:
+                raise ValueError(f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(params[i].shape)}")
         # `clone`, since AdamW will write into them and the file is mapped
         state[i] = {name: placed_as(params[i], v).clone() if v.dim() else v.clone() for name, v in moments.items()}
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
@@ -574,9 +585,15 @@ def read_gates(text, config):
     Predefined gates are the final ones of another run (GPAS Table 5)."""
     try:
         values = [float(value) for value in text.split(",")]
-        return values * config.n_layer if len(values) == 1 else values
     except ValueError:
+        if not Path(text).exists():
+            what = f"a number, {config.n_layer} numbers with commas between, or a run's folder"
+            raise UserError(f"gates is {text!r}; it must be {what}") from None
         weights = load_checkpoint(text)["model"]
+    else:
+        if not all(map(math.isfinite, values)):
+            raise UserError(f"gates is {text!r}; gates must be finite")
+        return values * config.n_layer if len(values) == 1 else values
     names = [f"blocks.{i}.gate" for i in range(config.n_layer + 1)]
     values = [weights[name].tolist() for name in names if name in weights]
     if not values:
@@ -704,7 +721,7 @@ def learning_rate(step, settings):
         return settings.learning_rate * (step + 1) / settings.warmup_iters
     end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
     share = (step - settings.warmup_iters) / max(1, end - settings.warmup_iters)
-    low = settings.min_lr
+    low = settings.learning_rate / 10 if settings.min_lr is None else settings.min_lr
     return low + (settings.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
@@ -730,6 +747,8 @@ def write_sample(model, tokenizer, prompt, settings, device, autocast):
         raise UserError(f"the prompt holds token {max(ids)}, the model knows {model.config.vocab_size}")
     with autocast():
         idx = torch.tensor([ids], device=device)
+        if not model(idx[:, -1:])[0].isfinite().all():
+            raise UserError("the model's logits are not finite: it cannot be sampled")
         out = model.generate(idx, settings.sample_tokens, settings.temperature, settings.top_k)
     return prepare_data.decode(encoding, out[0, 1:])
 
@@ -879,6 +898,11 @@ def train(processes, stop):
         return
 
     # -- data and model
+    files = [f for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if f.exists() and f.stat().st_size]
+    if is_new and not settings.overwrite and files:
+        raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"out_dir {out_dir} is not a folder")
     if is_main:
         find_data(settings)  # one process prepares what is missing
     processes.wait()
@@ -897,7 +921,7 @@ def train(processes, stop):
         place = settings.init_from if is_new else out_dir
         raise UserError(f"{folder} was made with tokenizer {names[0]}, {place} with {names[1]}")
     if meta and checkpoint and not tokenizer and is_main:
-        print(f"the run names no tokenizer: whether {folder} is of the same cannot be told", file=sys.stderr)
+        print(f"warning: the run names no tokenizer: whether {folder} is of the same cannot be told", file=sys.stderr)
 
     train_data = TokenData(folder, "train", config.block_size, config.vocab_size, settings.seed)
     val_data = TokenData(folder, "val", config.block_size, config.vocab_size)  # in one order for every seed
@@ -907,9 +931,6 @@ def train(processes, stop):
     val_meta = meta["splits"]["val"] if meta else None
     bits_per_nat = val_meta["tokens"] / val_meta["bytes"] / math.log(2) if val_meta else None  # per byte of the text
 
-    files = [f for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if f.exists() and f.stat().st_size]
-    if is_new and not settings.overwrite and files:
-        raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
     use_compile = device.type == "cuda" and not settings.lisa_layers if settings.compile is None else settings.compile
     model = build_model(config, checkpoint and checkpoint["model"], settings, device, dtype, use_compile)
     if settings.gates is not None and is_new:
@@ -940,6 +961,8 @@ def train(processes, stop):
 
     if settings.eval_only:
         loss = evaluate(model, val_data, settings, device, autocast, processes)
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss of {out_dir}/ckpt.pt is {loss}")
         print(f"step {checkpoint['step']}: {describe(loss)[0]}")
         return
 
@@ -955,26 +978,29 @@ def train(processes, stop):
     if resumed:
         try:
             load_optimizer(optimizer, resumed["optimizer"], groups)
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise UserError(f"the optimizer state in {out_dir}/ckpt.pt does not fit the model: {error}") from None
-        step, skipped, val_loss = resumed["step"], resumed.get("skipped", 0), resumed["val_loss"]
+        step, skipped, val_loss = resumed["step"], resumed.get("skipped", 0), resumed.get("val_loss")
         if processes.sum(step)[0] != step * processes.size:
             raise UserError(f"the processes see different checkpoints: {out_dir} must be one folder for all of them")
     gates = [g for g in model.gates() if g.requires_grad]
     others = [p for group in optimizer.param_groups if group["name"] != "gates" for p in group["params"]]
-    start_step = saved_step = step
+    start_step, saved_step = step, step if resumed else None
 
-    # -- log: kept up to the step that is continued
+    # -- log: kept up to the step that is continued; that of a new run takes its name with the first checkpoint, so that
+    # until then the run that was there is whole
+    loggers = open_loggers(settings, processes.rank)
     log_path, log_file, is_evaluated = out_dir / "log.jsonl", None, False
+    partial_log = log_path.with_suffix(".partial")
     if is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
         kept = read_log(log_path, step) if resumed else []
         is_evaluated = any(json.loads(line)["step"] == step and "val_loss" in json.loads(line) for line in kept)
-        log_path.with_suffix(".partial").write_text("".join(kept))
-        log_path.with_suffix(".partial").replace(log_path)
-        log_file = open(log_path, "a", buffering=1)
+        partial_log.write_text("".join(kept))
+        log_file = open(partial_log, "a", buffering=1)
+        if resumed:
+            partial_log.replace(log_path)
     is_evaluated = processes.sum(is_evaluated)[0] > 0
-    loggers = open_loggers(settings, processes.rank)
 
     def log(record):
         if is_main:
@@ -990,8 +1016,9 @@ def train(processes, stop):
     def stop_where_not_finite(what, batches):
         where = processes.first(first_non_finite(model, batches, autocast))
         where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
-        is_saved = (out_dir / "ckpt.pt").exists()
-        safe = f"{out_dir}/ckpt.pt is from step {saved_step}" if is_saved else "nothing was saved yet"
+        safe = f"{out_dir}/ckpt.pt is from step {saved_step}"
+        if saved_step is None:
+            safe = "nothing was saved yet" + ", the run that was there is untouched" * bool(files)
         raise UserError(f"{what}; {where}; {safe}, a lower learning_rate may help")
 
     # -- loop: the step calls net, the evaluation compiled; both are the plain model where nothing is wrapped around it
@@ -1053,6 +1080,10 @@ def train(processes, stop):
                     "shards": {path.name: size for path, size in sizes.items()},
                 }
                 if is_main:
+                    if partial_log.exists():
+                        if log_path.exists():
+                            log_path.replace(out_dir / "log_previous.jsonl")
+                        partial_log.replace(log_path)
                     save_checkpoint(out_dir / "ckpt.pt", state)
                 saved_step = step
         last_time = time.monotonic()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+import configurator
 from configurator import UserError, configure
 
 
@@ -121,3 +122,36 @@ def test_help_shows_every_setting(capsys):
     assert "--n_head (int or none, None)  heads; none: as many as layers" in out
     assert "--input (one or more str, [])  paths" in out
     assert out.index("shape") < out.index("--n_layer") < out.index("\nrest") < out.index("--name (")
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (MemoryError("no room\nat all"), "not enough memory: no room at all"),
+        (RuntimeError("CUDA out of memory. Tried"), "not enough memory: CUDA out"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(capsys, error, message):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        configurator.run(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_other_errors_are_not_hidden():
+    def main():
+        raise RuntimeError("a mistake of the program's")
+
+    with pytest.raises(RuntimeError):
+        configurator.run(main)
+
+
+def test_defaults_of_another_type_and_zero_bytes(tmp_path):
+    with pytest.raises(UserError, match="n_layer expects int, got 'x'"):
+        configurator.configure(Settings, "", [], defaults=lambda given: {"n_layer": "x"})
+    (tmp_path / "c.py").write_text("name = 'a\\0b'")
+    with pytest.raises(UserError, match="name expects str"):
+        read(str(tmp_path / "c.py"))

@@ -268,6 +268,33 @@ def test_import_gives_the_logits_of_transformers(name, transformers, tmp_path):
     assert (ours.argmax(-1) == logits.argmax(-1)).all()
 
 
+def test_export_replaces_an_export_only(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    model = GPT(small("pre"))
+    export_hf(model, tmp_path / "there")
+    with pytest.raises(UserError, match="there exists; --overwrite replaces it"):
+        export_hf(model, tmp_path / "there")
+    export_hf(model, tmp_path / "there", overwrite=True)
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match="is not an export, it holds there"):
+        export_hf(model, tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years" and (tmp_path / "there" / "config.json").exists()
+
+
+def test_damaged_config(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    export_hf(GPT(small("pre")), tmp_path / "there")
+    path = tmp_path / "there" / "config.json"
+    good = json.loads(path.read_text())
+    for change in (dict(model_type=[1]), dict(rope_scaling="x"), dict(rope_theta="x"), dict(sliding_window="x")):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(UserError, match="config.json is damaged"):
+            import_hf(tmp_path / "there")
+    path.write_text(json.dumps(good))
+    with pytest.raises(UserError, match="block_size 17 is longer than the 16 of"):
+        import_hf(tmp_path / "there", block_size=17)
+
+
 def distance_of(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
@@ -290,7 +317,10 @@ LLAMA = dict(model_type="llama", rms_norm_eps=1e-6, **SMALL)
         (dict(quantization_config={"bits": 4}), "quantization_config .* which nothing here represents"),
         (dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0, which nothing here represents"),
         (dict(hidden_size=30), "n_embd 30 is not divisible by n_head 4"),
-        (dict(hidden_size=None), "config.json: "),
+        (dict(hidden_size=None), "config.json gives n_embd as None; it must be int"),
+        (dict(vocab_size="abc"), "config.json gives vocab_size as 'abc'; it must be int"),
+        (dict(max_position_embeddings=2.5), "config.json gives block_size as 2.5; it must be int"),
+        (dict(rms_norm_eps=True), "config.json gives norm_eps as True; it must be float"),
         (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0, 1, 2]), "experts in layers"),
         (dict(model_type="granitemoeshared", attention_multiplier=1.0, **MOE), "attention_multiplier is 1.0"),
     ],
@@ -397,6 +427,14 @@ def test_program_there_and_back(tmp_path, monkeypatch, capsys):
         Path(f"text/{i}.txt").write_text(TEXT * 5 + str(i))
     out = program(interchange, "--import_from=there", "--out_dir=back", "--text=text")
     assert "wrote back/ckpt.pt" in out and "without" not in out
+    again = "--import_from=there", "--out_dir=back", "--text=text", "--overwrite"
+    assert "wrote back/data" in program(interchange, *again)
+    with pytest.raises(UserError, match="nowhere"):
+        program(interchange, *again[:2], "--text=nowhere", "--overwrite")
+    Path("back/data/notes.md").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.md: it is not the data of an import"):
+        program(interchange, *again)
+    Path("back/data/notes.md").unlink()
     idx, _ = batch(model.config)
     back = interchange.load_run("back")[0]
     assert (back(idx)[0] - model(idx)[0]).abs().max() < 1e-4
@@ -428,4 +466,4 @@ def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):
 
 def test_a_missing_package_is_named():
     with pytest.raises(UserError, match="pip install nothing"):
-        interchange.need("no_such_module", "nothing")
+        prepare_data.optional("no_such_module", "nothing")

@@ -337,7 +337,7 @@ def test_the_papers_models(sizes, total, active):
         (dict(n_expert=4, n_expert_active=0), "n_expert_active 0"),
         (dict(n_expert=-1), "n_expert -1"),
         (dict(n_expert=4, moe_from=9), "moe_from 9"),
-        (dict(n_expert=4, balance_weight=-1.0), "balance_weight -1.0"),
+        (dict(n_expert=4, balance_weight=-1.0), "balance_weight is -1.0"),
         (dict(n_expert_shared=1), "n_expert_shared=1 has no effect"),
         (dict(n_expert=4, average_shared=True), "it needs n_expert_shared above 0"),
     ],

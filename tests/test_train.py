@@ -617,7 +617,11 @@ def test_bare_shards_train(folder):
         (["--eval_only", "--out_dir=out-gpas_pre", "--overwrite"], "does not go with"),
         (["--freeze_gates"], "freeze_gates=True has no effect: norm pre has no gates"),
         (["--norm=gpas_pre", "--gates=0.1,0.2,0.3"], "3 gate values for the 2 gates"),
-        (["--norm=gpas_pre", "--gates=nowhere"], "no checkpoint nowhere/ckpt.pt"),
+        (["--norm=gpas_pre", "--gates=nowhere"], "gates is 'nowhere'; it must be a number, 2 numbers"),
+        (["--norm=gpas_pre", "--gates=nan"], "gates must be finite"),
+        (["--norm=gpas_pre", "--gate_init=inf"], "gate_init is inf; it must be finite"),
+        (["--n_layer=99999999999999999999"], "n_layer is 99999999999999999999; it must be at least 1 and under 2^31"),
+        (["--learning_rate=1e-4", "--min_lr=1e-3"], "min_lr 0.001 is above learning_rate 0.0001"),
         (["--init_std=1e30"], "is nan at step 0"),
         (["--min_lr=-1"], "min_lr is -1.0"),
         (["--n_embd=200000000"], "cannot be built"),
@@ -656,6 +660,45 @@ def prepare_in_another_tokenizer(folder, text):
     prepare_data.prepare(prepare_data.Settings(**settings))
 
 
+def test_a_failing_start_leaves_the_run_that_was_there(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "out-gpas_pre", run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    args = [*SMALL, *SHORT, "--norm=gpas_pre", f"--out_dir={run}", "--overwrite"]
+    done = call(*args, "--rope_theta=1e-300", cwd=folder)
+    assert done.returncode == 2 and "nothing was saved yet, the run that was there is untouched" in done.stderr
+    with mock.patch.dict(sys.modules, {"wandb": None}):
+        assert call(*args, "--wandb", cwd=folder).returncode == 2
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert call(*args, cwd=folder).returncode == 0
+    assert (run / "log_previous.jsonl").read_bytes() == before["log.jsonl"]
+    assert read_log(run / "log.jsonl")[-1]["step"] == 8
+
+
+def test_gates_are_set_where_a_run_begins(folder):
+    for args in (["--init_from=resume"], ["--eval_only"], ["--sample=a"]):
+        done = call(*args, "--norm=gpas_pre", "--gates=0.7", cwd=folder)
+        assert done.returncode == 2 and "gates are set where a run begins" in done.stderr
+
+
+def test_optimizer_state_of_another_shape(folder, tmp_path):
+    checkpoint = torch.load(folder / "out-gpas_pre" / "ckpt.pt", weights_only=True)
+    for moments in checkpoint["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(3)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    done = call("--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=9", "--device=cpu", cwd=folder)
+    assert done.returncode == 2 and "exp_avg of parameter 0 has shape (3,), not" in done.stderr
+
+
+def test_weights_that_are_not_finite(folder, tmp_path):
+    checkpoint = torch.load(folder / "out-gpas_pre" / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["lm_head.weight"][0] = math.nan
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    for arg, message in (("--sample=a", "logits are not finite"), ("--eval_only", f"loss of {tmp_path}/ckpt.pt is nan")):
+        done = call(arg, f"--out_dir={tmp_path}", "--device=cpu", cwd=folder)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_data_of_another_tokenizer(folder, tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(folder / "out-gpas_pre", run)
@@ -678,6 +721,7 @@ def test_learning_rate_by_hand():
     assert train.learning_rate(4, s) == 1.0
     assert train.learning_rate(8, s) == pytest.approx(0.55)
     assert train.learning_rate(12, s) == train.learning_rate(19, s) == pytest.approx(0.1)
+    assert train.learning_rate(8, train.Settings(learning_rate=1.0, warmup_iters=4, max_iters=12)) == pytest.approx(0.55)
 
 
 def test_stream_report_by_hand():
