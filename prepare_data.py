@@ -1455,7 +1455,7 @@ def check_problems(settings, progress, source, n_waiting=0):
         first = ", ".join(f"{kind} at {places[0]}" for kind, (_, places) in broken.items())
         share = f"more than max_broken {settings.max_broken}"
         hint = "; --text_field= names the field of the text" if any("JSON" in kind for kind in broken) else ""
-        raise BadText(f"{n_broken} of {total + n_broken} documents are broken, {share}: {first}{hint}")
+        raise BadText(f"{n_broken} documents are broken where {total} are kept, {share}: {first}{hint}")
     if not total:
         raise BadText(f"no text in {', '.join(source)}")
     if not progress["documents"][0] and not n_waiting:

@@ -599,7 +599,7 @@ def test_several_runs(program, folder):
     found = json.loads((folder / "analysis" / "analysis.json").read_text())
     assert list(found["runs"]) == ["out-pre", "out-gpas_pre"] and set(found["runs"]["out-pre"]) == {"run", "weights", "stream", "removal"}
     assert found["weight_norm_ratio"] == {"out-gpas_pre": {"attn": [1.0] * 3, "mlp": [1.0] * 3}}
-    table = [line.split() for line in out.splitlines()[-16:]]
+    table = [line.split() for line in out.splitlines()[-24:]]
     assert ["out-pre", "out-gpas_pre"] in table and any(row[:1] == ["loss"] and len(row) == 3 for row in table)
     assert "jacobian" not in out
 

@@ -149,7 +149,7 @@ def test_broken_text_is_counted_and_named(tmp_path, capsys):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "lines.jsonl").write_text('{"text": "x"}\n{"text": 3}\n{broken\n{"other": "x"}\n')
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(UserError, match="4 of 3 documents are broken"):
+    with pytest.raises(UserError, match="4 documents are broken where 3 are kept"):
         prepare(tmp_path, tmp_path / "*.txt", tmp_path / "lines.jsonl")
     assert not (tmp_path / "data" / "d").exists() and not list((tmp_path / "data").iterdir())
     folder = prepare(tmp_path, tmp_path / "*.txt", tmp_path / "lines.jsonl", max_broken=10.0)
