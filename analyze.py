@@ -77,7 +77,7 @@ class Settings:
     def __post_init__(self):
         if not self.out_dirs:
             raise ValueError("which run? python analyze.py OUT_DIR [OUT_DIR ...]")
-        if len(set(self.out_dirs)) < len(self.out_dirs):
+        if len({Path(out_dir).resolve() for out_dir in self.out_dirs}) < len(self.out_dirs):
             raise ValueError("the same run is given twice")
         for name in ("tokens", "jacobian_tokens", "batch_size", "block_size"):
             value = getattr(self, name)

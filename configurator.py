@@ -138,8 +138,10 @@ def is_list(kind):
 
 
 def kind_name(kind):
+    """A declared type for a reader. On the command line a str cannot be none: its text could be a value."""
     names = {type(None): "none", list[str]: "one or more str"}
-    return " or ".join(names.get(k, getattr(k, "__name__", str(k))) for k in options(kind))
+    kinds = [k for k in options(kind) if k is not type(None) or str not in options(kind)]
+    return " or ".join(names.get(k, getattr(k, "__name__", str(k))) for k in kinds)
 
 
 def parse(name, text, kind):

@@ -120,6 +120,7 @@ def test_help_shows_every_setting(capsys):
     out = capsys.readouterr().out
     assert "--n_layer (int, 12)  blocks" in out
     assert "--n_head (int or none, None)  heads; none: as many as layers" in out
+    assert "--title (str, None)  any text" in out  # on the command line a text can only be a text
     assert "--input (one or more str, [])  paths" in out
     assert out.index("shape") < out.index("--n_layer") < out.index("\nrest") < out.index("--name (")
 

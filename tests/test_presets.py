@@ -28,6 +28,7 @@ SIZES = {
     "lns_250m": ("both", 250e6, 0.02),
     "lns_350m": ("both", 350e6, 0.06),
     "lns_1b": ("both", 1e9, 0.35),
+    "lns_qwen_500m": ("both", 494e6, 0.001),  # as released; the head is the embedding
     "peri_400m": ("none", 400e6, 0.01),
     "peri_1500m": ("none", 1.5e9, 0.08),
     "peri_3200m": ("none", 3.2e9, 0.05),
