@@ -287,7 +287,7 @@ class GPTConfig:
     block_size: int = 256  # longest sequence, in tokens
     vocab_size: int = 257  # rows of the embedding and of the head
     n_layer: int = 12  # blocks, each attention and MLP
-    n_head: int = 2  # query heads
+    n_head: int = 4  # query heads
     n_embd: int = 128  # width of the residual stream
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
     head_dim: int | None = None  # width of a head, even; none: n_embd / n_head

@@ -68,7 +68,7 @@ class Settings(GPTConfig):
     batch_size: int = 2  # sequences per process and micro-step
     gradient_accumulation_steps: int = 8  # micro-steps per step, of the whole job: the processes share them
     # optimization: AdamW, linear warm-up, cosine decay
-    max_iters: int = 300  # steps
+    max_iters: int = 280  # steps
     learning_rate: float = 4e-3  # at its highest
     min_lr: float | None = None  # at the end of the decay; none: a tenth of learning_rate
     warmup_iters: int = 30  # steps of linear warm-up
