@@ -6,6 +6,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # models this small wait for threads longer than they compute
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_train import SHORT, SMALL, Masked, call, equal, folder, losses, one_thread, read_log  # noqa: F401
+from test_train import SHORT, SMALL, Masked, call, equal, folder, losses, read_log  # noqa: F401
 
 import train
 

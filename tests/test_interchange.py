@@ -20,15 +20,6 @@ from model import GPAS_ACTS, GPAS_POSITIONS, GPT, SCHEMES, GPTConfig, Norm
 GATED = ["gpas_" + name for name in SCHEMES]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def transformers():
     return pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")

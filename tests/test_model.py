@@ -614,7 +614,7 @@ def test_norm_statistics_of_bfloat16_input_are_float32():
     assert torch.equal(out, reference.rms(x.float(), torch.ones(512)).bfloat16())
 
 
-@pytest.mark.parametrize("norm", ALL)
+@pytest.mark.parametrize("norm", [norm for norm in ALL if not norm.endswith("_init")])  # an init is no other graph
 def test_compiles_to_one_graph(norm):
     model = randomized(small(norm, n_layer=2, mix_ratio=0.5))
     idx, targets = batch(model.config)
