@@ -1220,12 +1220,14 @@ class Figures:
             self.save(fig, file, f"{name}: attention weights A, (mean over sequences)^0.2")
 
     def dynamics(self):
-        """Loss, variance, gates and gradient norms over training, from the logs: a line a run, and for a single run a
-        line a layer."""
+        """Loss, variances, gates and gradients over training, from the logs: a line a run, and for a single run a line a
+        layer."""
         logs = {name: read_log(result["run"]["out_dir"]) for name, result in self.results.items()}
         single = len(logs) == 1
         panels = [("loss", "training loss, nats"), ("val_loss", "held-out loss, nats"), ("grad_norm", "gradient norm")]
-        layered = [("variance", "variance"), ("grad_norms", "gradient norm"), ("gates", "gate a")]
+        layered = [("variance", "variance"), ("attn_variance", "attention variance"), ("mlp_variance", "MLP variance")]
+        layered += [("largest", "largest |x|"), ("grad_norms", "gradient norm"), ("grad_variance", "gradient variance")]
+        layered += [("gates", "gate a")]
         for key, title in layered:
             panels.append((key, f"{title}, {'each layer' if single else 'mean' if key == 'gates' else 'last layer'}"))
         panels = [(k, t) for k, t in panels if any(k in r for log in logs.values() for r in log)]
@@ -1247,7 +1249,7 @@ class Figures:
                 else:
                     line = values if values.dim() == 1 else values.mean(1) if key == "gates" else values[:, -1]
                     axis.plot(steps, line, color=self.colors[name], lw=1.2, label=name)
-                if key in ("variance", "grad_norms", "grad_norm"):
+                if key == "grad_norm" or (key in dict(layered) and key != "gates"):
                     axis.set_yscale("log")
             self.label(axis, "step", title)
         if single:
@@ -1279,10 +1281,8 @@ UNITS = {
     "affine loss ratio": "loss with an affine map instead / loss",
     "angle to next": "angular distance to the next state / pi",
     "accuracy drop": "accuracy - accuracy without the layer",
-    "share of T^2": "share < 0.001 of all T^2 entries",
-    "share < 0.001": "share < 0.001 of the causal entries",
-    "share < 0.0001": "share < 0.0001 of the causal entries",
-    "share < 1e-06": "share < 1e-06 of the causal entries",
+    **{f"share < {e:g}": f"share < {e:g} of the causal entries" for e in ATTENTION_THRESHOLDS},
+    **{f"< {e:g} of T^2": f"share < {e:g} of all T^2 entries" for e in ATTENTION_THRESHOLDS},
     "entropy": "entropy, nats",
     "router entropy": "router entropy, nats",
 }
