@@ -52,7 +52,7 @@ def stepper(model, settings, dtype, batch_size, net=None):
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = (net or model)(idx, idx)[1] if isinstance(model, GPT) else model(idx, labels=idx).loss
+            loss = (model if net is None else net)(idx, idx)[1] if isinstance(model, GPT) else model(idx, labels=idx).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from model import GPT, SCHEMES, GPTConfig, Scheme, gate_scale, gpas
 
 ALL = [prefix + name for name in SCHEMES for prefix in ("", "gpas_")]
+NINE = "post", "pre", "sandwich", "peri", "out", "pre_post", "deepnorm", "mix", "lns"  # of the GPAS and Peri-LN papers
 
 
 def small(norm, **kwargs):
@@ -614,9 +615,12 @@ def test_norm_statistics_of_bfloat16_input_are_float32():
     assert torch.equal(out, reference.rms(x.float(), torch.ones(512)).bfloat16())
 
 
-@pytest.mark.parametrize("norm", [norm for norm in ALL if not norm.endswith("_init")])  # an init is no other graph
+# An initialization is no other graph, and of the rows that are not the papers' own nine the gated graph holds the plain.
+@pytest.mark.parametrize("norm", [n for n in ALL if not n.endswith("_init") and ("gpas_" in n or n in NINE)])
 def test_compiles_to_one_graph(norm):
-    model = randomized(small(norm, n_layer=2, mix_ratio=0.5))
+    """As few layers as have all that the row has: two where they differ."""
+    scheme = SCHEMES[norm.removeprefix("gpas_")]
+    model = randomized(small(norm, n_layer=2 if scheme.n_first or scheme.s else 1, mix_ratio=0.5))
     idx, targets = batch(model.config)
     eager = gradients(model, idx, targets)
     torch._dynamo.reset()
