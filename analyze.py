@@ -779,7 +779,8 @@ def find_data(settings, checkpoint, speaks=False):
             f"{folders[0]} was made with tokenizer {tokenizer['name']}, the run with {checkpoint['tokenizer']['name']}"
         )
     if tokenizer and not checkpoint["tokenizer"] and speaks:
-        print(f"warning: the run names no tokenizer: whether {folders[0]} is of the same cannot be told", file=sys.stderr)
+        text = f"the run names no tokenizer: whether {folders[0]} is of the same cannot be told"
+        print(f"warning: {text}", file=sys.stderr)
     return folders[0]
 
 
@@ -1220,8 +1221,8 @@ class Figures:
             self.save(fig, file, f"{name}: attention weights A, (mean over sequences)^0.2")
 
     def dynamics(self):
-        """Loss, variances, gates and gradients over training, from the logs: a line a run, and for a single run a line a
-        layer."""
+        """Loss, variances, gates and gradients over training, from the logs: a line a run, and for a single run a line
+        a layer."""
         logs = {name: read_log(result["run"]["out_dir"]) for name, result in self.results.items()}
         single = len(logs) == 1
         panels = [("loss", "training loss, nats"), ("val_loss", "held-out loss, nats"), ("grad_norm", "gradient norm")]
