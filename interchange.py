@@ -792,27 +792,32 @@ def import_tokenizer(folder):
     return state, None
 
 
-def clear_data(folder, overwrite):
-    """Removes the shards of an earlier import; UserError if they are not to be, or if it is another folder."""
+def check_data(folder, overwrite):
+    """UserError if a folder that is there may not be replaced: it has to be the shards of an earlier import."""
+    if not folder.exists():
+        return
     others = [path.name for path in folder.iterdir() if not re.fullmatch(r"(train|val)_\d{6}\.bin", path.name)]
     if others:
         raise UserError(f"{folder} holds {others[0]}: it is not the data of an import, give another --out_dir")
     if not overwrite:
         raise UserError(f"{folder} exists; --overwrite replaces it")
-    shutil.rmtree(folder)
 
 
 def tokenize(folder, inputs, to):
     """Writes the texts of `inputs` (as prepare_data takes them) to shards in the folder `to`, half of the documents
-    held out, by the tokenizer.json in `folder` whatever its kind; returns the tokens of both splits.
+    held out (where they are too few for it, one, or a tenth of the only one), by the tokenizer.json in `folder` whatever
+    its kind; returns the tokens of both splits.
 
     They stay without a manifest: it would name this tokenizer, the checkpoint names its tiktoken form or none.
     """
     file = Path(folder) / "tokenizer.json"
     if not file.exists():
         raise UserError(f"--text needs the model's tokenizer, and there is no {file}")
-    data = dict(dataset=to.name, data_dir=str(to.parent), input=inputs, tokenizer=str(file), val_fraction=0.5)
-    prepare_data.prepare(prepare_data.Settings(**data))
+    data = dict(dataset=to.name, data_dir=str(to.parent), input=inputs, tokenizer=str(file))
+    try:
+        prepare_data.prepare(prepare_data.Settings(**data, val_fraction=0.5))
+    except prepare_data.BadText:
+        prepare_data.prepare(prepare_data.Settings(**data, val_fraction=1e-9))
     counts = [prepare_data.read_meta(to)["splits"][split]["tokens"] for split in ("train", "val")]
     for manifest in ("meta.json", "tokenizer.json"):
         (to / manifest).unlink()
@@ -909,18 +914,21 @@ def main():
     if (out_dir / "ckpt.pt").exists() and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run; --overwrite replaces it")
     prepare_data.find_files(settings.text)  # what is wrong ends it before anything is written
-    if settings.text and (out_dir / "data").exists():
-        clear_data(out_dir / "data", settings.overwrite)
+    if settings.text:
+        check_data(out_dir / "data", settings.overwrite)
     model = import_hf(settings.import_from, settings.block_size)
     tokenizer, why = import_tokenizer(settings.import_from)
     out_dir.mkdir(parents=True, exist_ok=True)
+    if settings.text:  # beside what is there, which stays until all has succeeded
+        counts = tokenize(settings.import_from, settings.text, out_dir / "data.new")
     save_run(model, out_dir, tokenizer)
     count = model.count_params()["total"]
     print(f"wrote {out_dir}/ckpt.pt: {model.config.norm}, {model.config.n_layer} layers, {count:,} parameters")
     if tokenizer is None:
         print(f"without a tokenizer, so that it cannot be sampled: {why}; --text=PATH makes held-out data with its own")
     if settings.text:
-        counts = tokenize(settings.import_from, settings.text, out_dir / "data")
+        shutil.rmtree(out_dir / "data", ignore_errors=True)
+        (out_dir / "data.new").rename(out_dir / "data")
         print(f"wrote {out_dir}/data: {counts[0]:,} tokens for training, {counts[1]:,} held out")
 
 

@@ -422,6 +422,15 @@ def test_program_there_and_back(tmp_path, monkeypatch, capsys):
     assert "wrote back/data" in program(interchange, *again)
     with pytest.raises(UserError, match="nowhere"):
         program(interchange, *again[:2], "--text=nowhere", "--overwrite")
+    before = {path: path.read_bytes() for path in Path("back").rglob("*.*")}
+    Path("empty.txt").write_text("")
+    with pytest.raises(UserError, match="no text in empty.txt"):
+        program(interchange, *again[:2], "--text=empty.txt", "--overwrite")
+    assert {path: path.read_bytes() for path in Path("back").rglob("*.*")} == before
+    with pytest.raises(UserError, match="no text in empty.txt"):
+        program(interchange, again[0], "--out_dir=fresh", "--text=empty.txt")
+    assert not Path("fresh/ckpt.pt").exists()
+    assert "held out" in program(interchange, again[0], "--out_dir=one", "--text=text/0.txt")  # a single document
     Path("back/data/notes.md").write_text("mine")
     with pytest.raises(UserError, match="holds notes.md: it is not the data of an import"):
         program(interchange, *again)
