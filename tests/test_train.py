@@ -717,7 +717,7 @@ def test_learning_rate_by_hand():
 
 def test_stream_report_by_hand():
     sizes = dict(block_size=8, vocab_size=11, n_layer=3, n_embd=16, n_head=2, n_expert=4, n_hidden=8)
-    model = GPT(GPTConfig(norm="gpas_sandwich", branch_scale="skipinit", balance_weight=100.0, **sizes))
+    model = GPT(GPTConfig(norm="gpas_sandwich", branch_scale="skipinit", balance_weight=100.0, **sizes)).double()
     torch.nn.init.constant_(model.blocks[1].gate, 0.3)
     x = torch.randint(0, 11, (2, 8))
     report = train.stream_report(model, x, x, contextlib.nullcontext)
@@ -741,7 +741,7 @@ def test_stream_report_by_hand():
     model(x, x)[1].backward()
     g = torch.cat([p.grad.flatten() for p in model.blocks[2].parameters()])
     assert report["grad_norms"][2] == pytest.approx(g.norm().item(), rel=1e-5)
-    assert report["grad_variance"][2] == pytest.approx(g.var(correction=0).item(), rel=1e-4)
+    assert report["grad_variance"][2] == pytest.approx(g.var(correction=0).item(), rel=1e-9)  # the mean is small
 
 
 def test_flat_names_layers_and_sublayers():
