@@ -18,11 +18,14 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import math
+import os
 import re
 import runpy
 import sys
 import textwrap
+import time
 import tokenize
 import types
 import typing
@@ -218,3 +221,68 @@ def help_text(declaration, description, positional=None):
         head = f"  --{field.name} ({kind_name(hints[field.name])}, {default})"
         lines += textwrap.wrap(f"{head}  {texts.get(field.name, '')}", 110, subsequent_indent=" " * 8)
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the programs share about files and waiting
+
+
+def save_whole(path, write):
+    """Writes a file whole or not at all: `write(file)` fills a binary file beside `path`, which then takes its name.
+
+    UserError with the system's reason if that fails; what was at `path` is then untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name survives a loss of power too
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch.save hides what the disk said
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise UserError(f"cannot save {path}: {reason}; what was saved before is untouched") from None
+
+
+def read_log(path):
+    """The objects of a run's log.jsonl as dicts, [] without the file; a last line that was cut off is left out.
+
+    UserError for a line that is not a JSON object with a whole number `step`.
+    """
+    path = Path(path)
+    lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+            is_record = type(records[-1]["step"]) is int
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_record = False
+        if not is_record:
+            raise UserError(f"{path}:{number} is not a JSON object with a step; mend the line or move the file away")
+    return records
+
+
+def progress(items, label):
+    """The items; on standard error, how many are done and how long the rest takes."""
+    start, rewrite = time.monotonic(), sys.stderr.isatty()
+    for i, item in enumerate(items, 1):
+        yield item
+        seconds = time.monotonic() - start
+        if i == len(items):
+            print(f"{label}: {seconds:.1f} s" + " " * 30, file=sys.stderr, flush=True)
+        elif rewrite or i == 1:
+            text = f"{label}: {i} of {len(items)}, {seconds * (len(items) - i) / i:.0f} s left"
+            print(text, file=sys.stderr, flush=True, end="   \r" if rewrite else "\n")

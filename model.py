@@ -22,9 +22,11 @@ every scheme. Docstrings cite the papers by these names:
 
 import math
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -192,6 +194,7 @@ class Residual(nn.Module):
         self.s, self.s_position = scheme.s(l) if scheme.s else 1.0, config.s_position
         b = BRANCH_SCALES[config.branch_scale]
         self.branch_scale = nn.Parameter(torch.full(*b(config))) if b else None
+        self.branch_out = nn.Identity()  # h passes here as it is added: hooks on it see the branch
         self.gpas_position, self.stop_gradient = config.gpas_position, config.gpas_stop_gradient
 
     def forward(self, x, f, scale=None, bottom=None):
@@ -212,7 +215,7 @@ class Residual(nn.Module):
 
     def after_out_norm(self, h, scale=None):
         """What scales the branch after B: b, and s or the gate in the ablations that have them here."""
-        return self.gpas_at("module", self.s_at("branch", times(self.branch_scale, h)), scale)
+        return self.branch_out(self.gpas_at("module", self.s_at("branch", times(self.branch_scale, h)), scale))
 
     def s_at(self, place, x):
         """s * x if this is the place of s, "norm" but in the ablations of LNS Table 8."""
@@ -939,3 +942,69 @@ class GPT(nn.Module):
     def mfu(self, tokens_per_s, peak_flops, T=None):
         """Model FLOPs utilization: the share of the hardware's peak (in FLOP/s) that the model's own work reaches."""
         return self.flops_per_token(T) * tokens_per_s / peak_flops
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saved models and devices
+
+
+def load_checkpoint(place):
+    """The dict that train.py saved in the folder of a run, or in a .pt file: "model", "config", "settings", "step",
+    "tokenizer", "optimizer" ..., its tensors memory-mapped on the CPU. No code in it is ever run.
+
+    ValueError if it is missing, damaged or absurd, with the checkpoint before it if that one is whole.
+    """
+    path = Path(place)
+    path = path if path.suffix == ".pt" else path / "ckpt.pt"
+    previous, advice = path.with_name("ckpt_previous.pt"), ""
+    if path != previous and previous.exists():
+        try:
+            advice = f"; the one before it is whole, of step {read_checkpoint(previous)['step']}: mv {previous} {path}"
+        except Exception:
+            advice = f"; {previous} cannot be read either"
+    if not path.exists():
+        raise ValueError(f"no checkpoint {path}{advice or '; train one first, or name its folder'}")
+    try:
+        return read_checkpoint(path)
+    except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise ValueError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}{advice}") from None
+
+
+def read_checkpoint(path):
+    """load_checkpoint's dict; any exception for a damaged file, and for one whose tensors do not fit its config."""
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"its part {damaged} is not what was written")
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    kinds = {"model": dict, "optimizer": dict, "config": dict, "settings": dict, "step": int, "tokenizer": dict | None}
+    for name, kind in kinds.items():
+        if not isinstance(checkpoint[name], kind):
+            raise ValueError(f"its {name} is a {type(checkpoint[name]).__name__}")
+    if not 0 <= checkpoint["step"] < 2**63:
+        raise ValueError(f"its step is {checkpoint['step']}")
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        expected = GPT(GPTConfig(**checkpoint["config"])).state_dict()
+    weights = checkpoint["model"]
+    if weights.keys() != expected.keys():
+        different = sorted(map(str, weights.keys() ^ expected.keys()))
+        raise ValueError(f"its weights do not fit its config: {', '.join(different[:3])}")
+    for name, like in expected.items():
+        value = weights[name]
+        if not torch.is_tensor(value) or not value.is_floating_point() or value.shape != like.shape:
+            what = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+            raise ValueError(f"its weight {name} is {what}, its config needs {tuple(like.shape)}")
+    return checkpoint
+
+
+def find_device(name):
+    """The torch.device of a name; "auto" is cuda where there is one, else cpu. ValueError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0][:200]}") from None
+    return device

@@ -950,6 +950,21 @@ def shard_paths(folder, split):
     return sorted(p for p in Path(folder).glob("*.bin") if re.search(rf"^{split}$|(^|_){split}_[^_]*$", p.stem))
 
 
+def find_data(dataset, data_dir, split):
+    """The folder of a data set that has shards of `split` ("train", "val"): data_dir/dataset, or the path `dataset`.
+    UserError if there is none."""
+    for folder in (Path(data_dir) / dataset, Path(dataset)):
+        if shard_paths(folder, split):
+            return folder
+        if folder.is_dir() and split == "train":
+            raise UserError(f"{folder} holds no train shards (train_*.bin)")
+    source = "" if dataset in CORPORA else "--input=PATH "
+    raise UserError(
+        f"no data set {dataset!r} with {split} shards in {data_dir}/; "
+        f"make it with: python prepare_data.py {source}--dataset={dataset}"
+    )
+
+
 def checksum(array):
     """crc32 of an array's bytes, read in pieces."""
     crc = 0
