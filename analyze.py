@@ -23,7 +23,6 @@ import inspect
 import json
 import math
 import sys
-import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,8 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import prepare_data
-from configurator import UserError, configure, run
-from model import GPT, Block, GPTConfig, gate_scale
+from configurator import UserError, configure, progress, read_log, run, save_whole
+from model import GPT, Block, GPTConfig, find_device, gate_scale, load_checkpoint
 from prepare_data import TokenData
 
 METRICS = {
@@ -130,17 +129,17 @@ class Trace:
 
     def watch(self, l, block):
         """Hooks that note what happens in the sub-layers of a block."""
-        for name, scale in zip(("attn", "mlp"), block.gate_scales()):
+        for name in ("attn", "mlp"):
             module, residual = getattr(block, name), getattr(block, f"{name}_residual")
 
             def note_module(_, __, out, name=name):
                 self.modules[name][l] = out
 
-            def note_branch(_, __, h, name=name, residual=residual, scale=scale):
-                self.branches[name][l] = residual.after_out_norm(h, scale)
+            def note_branch(_, __, h, name=name):
+                self.branches[name][l] = h
 
             yield module.register_forward_hook(note_module)
-            yield residual.out_norm.register_forward_hook(note_branch)
+            yield residual.branch_out.register_forward_hook(note_branch)
         yield block.mlp.register_forward_pre_hook(lambda _, args: self.mlp_inputs.__setitem__(l, args[0]))
 
     @functools.cached_property
@@ -746,42 +745,38 @@ def multiple_choice(model, questions, encoding, batch_size=16):
 
 def load_run(out_dir, device="cpu"):
     """(model, checkpoint dict) of out_dir/ckpt.pt; UserError if it is missing or damaged. No code in it is ever run."""
-    path = Path(out_dir) / "ckpt.pt"
-    if not path.exists():
-        raise UserError(f"no checkpoint {path}; name the folder of a run")
+    try:
+        checkpoint = load_checkpoint(out_dir)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     try:
         with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         if checkpoint["tokenizer"] is not None:
             prepare_data.build_encoding(checkpoint["tokenizer"])
-        if not all(type(checkpoint["settings"][name]) is str for name in ("dataset", "data_dir")):
+        if not all(type(checkpoint["settings"].get(name)) is str for name in ("dataset", "data_dir")):
             raise ValueError("its settings name no data set")
-        int(checkpoint["step"])  # a KeyError here is a damaged file too
         return model.to(device).eval(), checkpoint
-    except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
+    except Exception as error:  # an edited file can hold anything
         reason = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}") from None
+        raise UserError(f"checkpoint {out_dir}/ckpt.pt cannot be read: {type(error).__name__} {reason}") from None
 
 
 def find_data(settings, checkpoint, speaks=False):
     """Folder of the data set that the settings or the run name; UserError if it is missing or of another tokenizer."""
     of_run = checkpoint["settings"]
     dataset, data_dir = settings.dataset or of_run["dataset"], settings.data_dir or of_run["data_dir"]
-    folders = [f for f in (Path(data_dir) / dataset, Path(dataset)) if prepare_data.shard_paths(f, "val")]
-    if not folders:
-        where = "--data_dir= and --dataset= say where it is"
-        raise UserError(f"no held-out text of data set {dataset!r} in {data_dir}/; {where}")
-    tokenizer = prepare_data.read_meta(folders[0]).get("tokenizer")
+    folder = prepare_data.find_data(dataset, data_dir, "val")
+    tokenizer = prepare_data.read_meta(folder).get("tokenizer")
     if tokenizer and checkpoint["tokenizer"] and tokenizer != checkpoint["tokenizer"]:
         raise UserError(
-            f"{folders[0]} was made with tokenizer {tokenizer['name']}, the run with {checkpoint['tokenizer']['name']}"
+            f"{folder} was made with tokenizer {tokenizer['name']}, the run with {checkpoint['tokenizer']['name']}"
         )
     if tokenizer and not checkpoint["tokenizer"] and speaks:
-        text = f"the run names no tokenizer: whether {folders[0]} is of the same cannot be told"
+        text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
         print(f"warning: {text}", file=sys.stderr)
-    return folders[0]
+    return folder
 
 
 def load_batches(folder, config, tokens, batch_size, block_size=None, device="cpu"):
@@ -825,31 +820,6 @@ def read_questions(path):
     if not questions:
         raise UserError(f"{path} holds no questions")
     return questions
-
-
-def read_log(out_dir):
-    """The lines of out_dir/log.jsonl as dicts, [] without one; a line that is none, as the last may be after the end of
-    its process, is left out."""
-    path, records = Path(out_dir) / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [r for r in records if isinstance(r, dict) and "step" in r]
-
-
-def progress(items, label):
-    """The items; on standard error, how many are done and how long the rest takes."""
-    start, rewrite = time.monotonic(), sys.stderr.isatty()
-    for i, item in enumerate(items, 1):
-        yield item
-        seconds = time.monotonic() - start
-        if i == len(items):
-            print(f"{label}: {seconds:.1f} s" + " " * 30, file=sys.stderr, flush=True)
-        elif rewrite or i == 1:
-            text = f"{label}: {i} of {len(items)}, {seconds * (len(items) - i) / i:.0f} s left"
-            print(text, file=sys.stderr, flush=True, end="   \r" if rewrite else "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1223,7 +1193,7 @@ class Figures:
     def dynamics(self):
         """Loss, variances, gates and gradients over training, from the logs: a line a run, and for a single run a line
         a layer."""
-        logs = {name: read_log(result["run"]["out_dir"]) for name, result in self.results.items()}
+        logs = {name: read_log(Path(result["run"]["out_dir"]) / "log.jsonl") for name, result in self.results.items()}
         single = len(logs) == 1
         panels = [("loss", "training loss, nats"), ("val_loss", "held-out loss, nats"), ("grad_norm", "gradient norm")]
         layered = [("variance", "variance"), ("attn_variance", "attention variance"), ("mlp_variance", "MLP variance")]
@@ -1301,20 +1271,18 @@ def spread(n, most):
 def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     settings = configure(Settings, "Measures what the layers of trained models do.", positional="out_dirs")
-    # what can go wrong goes wrong before the long part
-    plt = load_pyplot(settings.figures) if settings.figures is not False else None
+    # what can go wrong goes wrong before the long part, what the user wrote before what is not installed
     try:
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
+        device = find_device(settings.device)
         torch.empty(1, device=device, dtype=torch.float64).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0][:200]}") from None
     if settings.choices:
         read_questions(settings.choices)
     for out_dir in settings.out_dirs:
         find_data(settings, load_run(out_dir)[1], speaks=True)
+        read_log(Path(out_dir) / "log.jsonl")
+    plt = load_pyplot(settings.figures) if settings.figures is not False else None
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (settings.out_dirs[0] if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -1327,7 +1295,7 @@ def main():
         print_run(results[name])
     print_summary(results)
     content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": weight_ratios(results)}
-    (folder / "analysis.json").write_text(json.dumps(plain(content)) + "\n")
+    save_whole(folder / "analysis.json", lambda file: file.write(json.dumps(plain(content)).encode() + b"\n"))
     print(f"wrote {folder}/analysis.json")
     if plt:
         figures = Figures(results, folder, plt)

@@ -30,6 +30,14 @@ import tokenize
 import types
 import typing
 from pathlib import Path
+from typing import Annotated, Literal
+
+# Types of settings with their least and greatest value.
+COUNT = Annotated[int, (1, 2**31 - 1)]
+NATURAL = Annotated[int, (0, 2**63 - 1)]
+POSITIVE = Annotated[float, (1e-300, 1e300)]
+NOT_NEGATIVE = Annotated[float, (0, 1e300)]
+SHARE = Annotated[float, (0, 1)]
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -63,7 +71,8 @@ def run(main, *args):
 def configure(declaration, description, argv=None, positional=None, defaults=None):
     """An instance of the dataclass `declaration`, from its defaults, config files and `argv` (the command line).
 
-    Fields may be int, float, str, bool, list[str], or one of them `| None`. `positional` names a list field that takes
+    Fields may be int, float, str, bool, list[str], or one of them `| None`; Annotated[int, (least, greatest)] and
+    Annotated[str, {...}] (a table whose keys are the choices) or Literal["a", "b"] limit the values. `positional` names a list field that takes
     the arguments that are neither settings nor config files. `defaults(given)` may return other defaults in view of
     the settings that were given (a dict by name). Raises UserError for an unknown setting, a value of another type, a
     config file that fails, and a ValueError of the dataclass itself; `--help` prints and exits.
@@ -72,7 +81,7 @@ def configure(declaration, description, argv=None, positional=None, defaults=Non
     if "--help" in argv or "-h" in argv:
         print(help_text(declaration, description, positional))
         sys.exit(0)
-    hints = typing.get_type_hints(declaration)
+    hints = typing.get_type_hints(declaration, include_extras=True)
     kinds = {f.name: hints[f.name] for f in dataclasses.fields(declaration)}
     values, seen = {}, set()
     args = list(argv)
@@ -108,6 +117,9 @@ def configure(declaration, description, argv=None, positional=None, defaults=Non
     for name, value in values.items():
         if name in kinds and not fits(value, kinds[name]):
             raise UserError(f"{name} expects {kind_name(kinds[name])}, got {value!r}")
+        if name in kinds and not is_within(value, limits := limits_of(kinds[name])):
+            what = f"unknown {name} {value!r}; known:" if isinstance(limits[0], str) else f"{name} is {value}; it must be"
+            raise UserError(f"{what} {limits_text(limits, value)}")
     try:
         return declaration(**values)
     except (ValueError, TypeError, OverflowError) as error:
@@ -124,8 +136,36 @@ def kind_of(name, kinds, what):
 
 
 def options(kind):
-    """The members of a union type, or the type alone."""
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    """The plain types that a declared type allows: the members of a union, without their limits."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return tuple(option for member in typing.get_args(kind) for option in options(member))
+    if typing.get_origin(kind) is Annotated:
+        return options(typing.get_args(kind)[0])
+    return (str,) if typing.get_origin(kind) is Literal else (kind,)
+
+
+def limits_of(kind):
+    """(least, greatest) or the names of the choices that a declared type has, None without."""
+    for member in (kind, *typing.get_args(kind)):  # of `X | None`, X
+        if typing.get_origin(member) is Annotated:
+            return tuple(member.__metadata__[0])
+        if typing.get_origin(member) is Literal:
+            return typing.get_args(member)
+
+
+def is_within(value, limits):
+    """Whether a value keeps to its limits; None, which leaves the choice to the program, does."""
+    if value is None or limits is None:
+        return True
+    return value in limits if isinstance(limits[0], str) else limits[0] <= value <= limits[1]
+
+
+def limits_text(limits, value=0):
+    """The limits for a reader; an upper one that is out of reach is left out, unless `value` is beyond it."""
+    if isinstance(limits[0], str):
+        return ", ".join(limits)
+    least, greatest = limits
+    return f"at least {least}" + (f" and at most {greatest}" if greatest < 2**31 - 1 or value > greatest else "")
 
 
 def fits(value, kind):
@@ -209,7 +249,7 @@ def comments(declaration):
 
 def help_text(declaration, description, positional=None):
     """The declaration for a reader: every setting with its type, default and comment."""
-    hints, (texts, headings) = typing.get_type_hints(declaration), comments(declaration)
+    hints, (texts, headings) = typing.get_type_hints(declaration, include_extras=True), comments(declaration)
     program, paths = Path(sys.argv[0]).name, " [PATH ...]" if positional else ""
     lines = [description, "", f"usage: python {program} [config.py ...] [--name=value ...]{paths}"]
     for field in dataclasses.fields(declaration):
@@ -218,7 +258,9 @@ def help_text(declaration, description, positional=None):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        head = f"  --{field.name} ({kind_name(hints[field.name])}, {default})"
+        limits = limits_of(hints[field.name])
+        accepted = f"; {limits_text(limits)}" if limits else ""
+        head = f"  --{field.name} ({kind_name(hints[field.name])}, {default}{accepted})"
         lines += textwrap.wrap(f"{head}  {texts.get(field.name, '')}", 110, subsequent_indent=" " * 8)
     return "\n".join(lines)
 

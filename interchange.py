@@ -78,28 +78,29 @@ def fold(model):
         layer_S, gates = S, gate_scales(block, l)
         block.gate = None
         for residual, f, g in ((block.attn_residual, block.attn, gates[0]), (block.mlp_residual, block.mlp, gates[-1])):
-            gate_at = {residual.gpas_position: g}
-            s_at, residual.s_position = {residual.s_position: residual.s}, "gain"
-            after_norm = s_at.get("norm", 1) * gate_at.get("norm", 1)
-            after_branch = s_at.get("branch", 1) * gate_at.get("module", 1)
+            at = dict.fromkeys(("before", "norm", "branch", "stream"), 1.0)  # the factors at the places of Residual.at
+            at[residual.gate_place] *= g
+            if residual.s_place:
+                at[residual.s_place] *= residual.s
+            residual.s_place = None
 
-            S *= gate_at.get("before", 1)
+            S *= at["before"]
             if isinstance(residual.pre_norm, Norm):
                 feed_scaled(residual.pre_norm, S)
-                scale_norm(residual.pre_norm, after_norm)
+                scale_norm(residual.pre_norm, at["norm"])
             else:
-                scale_inputs(f, S * after_norm)
+                scale_inputs(f, S * at["norm"])
             if residual.post_norm is None:
-                scale_branch(residual, f, after_branch / S)
-                S *= gate_at.get("sublayer", 1) * s_at.get("residual", 1)
+                scale_branch(residual, f, at["branch"] / S)
+                S *= at["stream"]
                 continue
-            D = S * gate_at.get("sublayer", 1)
-            scale_branch(residual, f, after_branch / D)
+            D = S * at["stream"]
+            scale_branch(residual, f, at["branch"] / D)
             feed_scaled(residual.post_norm, D)
             S = 1.0
             if block.b2t and f is block.attn:
                 # The MLP's norm is given the layer's input as it is, so the MLP has to come to D = layer_S.
-                S = layer_S / (gates[-1] if residual.gpas_position in ("before", "sublayer") else 1)
+                S = layer_S / (gates[-1] if residual.gate_place in ("before", "stream") else 1)
                 scale_norm(residual.post_norm, 1 / S)
             elif block.b2t and not math.isclose(D, layer_S):
                 raise ValueError(f"layer {l}: b2t adds the layer's input past a gate, which no weight can take up")
@@ -522,7 +523,8 @@ def absorb(plain):
     plain.embed_tokens.weight.copy_(plain.embed_norm(plain.embed_tokens.weight))
     plain.embed_norm = nn.Identity()
     # A model whose layers were pruned has fewer than its config says.
-    plain.config = replace(c, n_layer=len(plain.blocks), branch_scale="none", average_shared=False, embed_norm=False)
+    absorbed = dict(branch_scale="none", layerscale_init=1e-4, average_shared=False, embed_norm=False)
+    plain.config = replace(c, n_layer=len(plain.blocks), **absorbed)
     return plain
 
 
@@ -537,7 +539,7 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
     UserError where no family is the model's, and, with nothing written, for a difference above `max_difference`. What
     `overwrite` replaces is an earlier export and nothing else.
     """
-    save_file, folder = prepare_data.optional("safetensors.torch", "safetensors").save_file, Path(folder).resolve()
+    folder = Path(folder).resolve()
     if folder.exists():
         others = sorted({p.name for p in folder.iterdir()} - set(EXPORTED)) if folder.is_dir() else ["a file"]
         if others:
@@ -549,6 +551,7 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
     tensors, c = to_theirs(plain, FAMILIES[name]), plain.config
     dtype = plain.lm_head.weight.dtype
     settings = config_of(name, c, dtype)
+    save_file = prepare_data.optional("safetensors.torch", "safetensors").save_file
     if tokenizer is not None:
         settings["bos_token_id"] = settings["eos_token_id"] = prepare_data.build_encoding(tokenizer).eot_token
 
@@ -607,7 +610,7 @@ def import_hf(folder, block_size=None):
     UserError for a family that is not in FAMILIES, for a setting that has an effect and no place in GPTConfig, and for
     tensors that are missing, too many or of another shape. `block_size` shortens the context.
     """
-    safe_open, folder = prepare_data.optional("safetensors").safe_open, Path(folder)
+    folder = Path(folder)
     try:
         family, config = fields_of(read_json(folder / "config.json"))
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -627,6 +630,8 @@ def import_hf(folder, block_size=None):
         for file in files:
             if not (folder / file).exists():
                 raise UserError(f"{folder} has no {file}; weights of other kinds are not read")
+        safe_open = prepare_data.optional("safetensors").safe_open
+        for file in files:
             shard = safe_open(folder / file, framework="pt")
             where.update(dict.fromkeys(shard.keys(), shard))
     except UserError:
@@ -851,6 +856,8 @@ class Settings:
         for name in needed:
             if getattr(self, name) is None:
                 raise ValueError(f"give a folder with --{name}=FOLDER")
+        if self.family is not None and self.family not in FAMILIES:
+            raise ValueError(f"unknown family {self.family!r}; known: {', '.join(FAMILIES)}")
         other = ("block_size", "text") if self.export else ("to", "family")
         for name in other:
             if getattr(self, name):
@@ -911,6 +918,7 @@ def main():
             print("without a tokenizer: the run's data named none")
         return
 
+    fields_of(read_json(Path(settings.import_from) / "config.json"))  # what is wrong ends it before the folder matters
     if (out_dir / "ckpt.pt").exists() and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run; --overwrite replaces it")
     prepare_data.find_files(settings.text)  # what is wrong ends it before anything is written

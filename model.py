@@ -1,18 +1,28 @@
 """A Llama-style decoder in which the place of the normalization is a row of a table.
 
-Every scheme is one residual function around a sub-layer f (attention or MLP), with a norm or nothing at three places,
-A before f, B after f and C after the add (Peri-LN Figure 2):
+A layer has two sub-layers f, attention and MLP. Each is added to the residual stream x, and there are three places for
+a norm: A before f, B after f, C after the addition (Peri-LN Figure 2).
+
+               +------- shortcut ---------+
+               |                          |
+        x -----+---> A ---> f ---> B ---(add)---> C ---> x
+                                      h
 
     h = b * B(f(s * A(x)))
-    C present:   x <- C(alpha * omega * gpas(x) + h)      the gate scales the shortcut
-    C absent:    x <- gpas(x + h)                         the gate scales the stream
+    with a norm at C:      x <- C(alpha * omega * gpas(x) + h)      the gate scales the shortcut
+    without one at C:      x <- gpas(x + h)                         the gate scales the stream
 
-The factors s, b, alpha and omega are 1 unless a row or a flag says otherwise. To find a placement read SCHEMES; to
-see what it does read Residual; to add one write a row. What is not a matter of place is a flag of GPTConfig that
-combines with every row: the kind of norm (NORM_TYPES), a learned scale b of the branch (BRANCH_SCALES), the
-initialization (INITS), the gate's activation (GPAS_ACTS) and place. The rest is a plain decoder: RMSNorm, rotary
-embeddings, grouped-query attention, SwiGLU or experts, no biases and an untied head unless asked for, a final norm in
-every scheme. Docstrings cite the papers by these names:
+A place without a norm leaves its input as it is. s, b, alpha and omega are 1, and gpas does nothing, unless a row of
+the table or a setting says otherwise. The table is SCHEMES, the equation is the class Residual; a new placement is a
+new row.
+
+What is not a matter of place is a setting of GPTConfig that combines with every row: the kind of norm, a learned scale
+b, the initialization, GPAS's activation and position. The rest is a plain decoder: RMSNorm, rotary embeddings,
+grouped-query attention, SwiGLU or experts, no biases, an untied head, a final norm in every scheme.
+
+The file tells this story up to GPT.forward. After it comes what one can skip at first: generation, what a training
+loop asks, initialization, experts, the form of gpas that saves memory, longer contexts, checks of the configuration,
+saved models. Docstrings cite the papers by these names:
 
     GPAS     Gradient-Preserving Activation Scaling, arXiv 2506.22049
     LNS      The Curse of Depth in Large Language Models (LayerNorm Scaling), arXiv 2502.05795
@@ -20,17 +30,102 @@ every scheme. Docstrings cite the papers by these names:
     Sparsity When Does Sparsity Mitigate the Curse of Depth in LLMs, arXiv 2603.15389
 """
 
+from __future__ import annotations
+
 import math
+import types
+import typing
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+# Types with the least and the greatest value of a setting; a table means one of its rows.
+COUNT = Annotated[int, (1, 2**31 - 1)]
+NATURAL = Annotated[int, (0, 2**31 - 1)]
+POSITIVE = Annotated[float, (1e-300, 1e300)]
+NOT_NEGATIVE = Annotated[float, (0, 1e300)]
+FINITE = Annotated[float, (-1e300, 1e300)]
+SHARE = Annotated[float, (0, 1)]
+
+
+@dataclass
+class GPTConfig:
+    """The architecture. None means what the comment says and is replaced by it. ValueError for what cannot be built."""
+
+    # model
+    block_size: COUNT = 256  # longest sequence, in tokens
+    vocab_size: NATURAL = 257  # rows of the embedding and of the head
+    n_layer: COUNT = 12  # blocks, each attention and MLP
+    n_head: COUNT = 4  # query heads
+    n_embd: COUNT = 128  # width of the residual stream
+    n_kv_head: COUNT | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
+    head_dim: COUNT | None = None  # width of a head, even; none: n_embd / n_head
+    n_hidden: COUNT | None = None  # MLP width, of each expert too; none: 8/3 n_embd, rounded up to a multiple of 8
+    tie_embeddings: bool = False  # the head is the embedding table, and starts with its embed_std
+    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
+    rope_theta: POSITIVE = 10000.0  # base of the rotary embedding
+    rope_scaling: dict | None = None  # longer contexts, {"rope_type": a row of ROPE_SCALINGS in model.py, its numbers}
+    # mixture of experts
+    n_expert: NATURAL = 0  # experts in place of the MLP; 0: a dense MLP
+    n_expert_active: COUNT = 2  # top_k: experts that a token reaches
+    n_expert_shared: NATURAL = 0  # experts that every token reaches besides
+    normalize_gates: bool = True  # the chosen experts' router weights sum to 1; false: as in OLMoE and Sparsity's code
+    average_shared: bool = False  # shared experts are averaged in, as in Sparsity's code; false: added
+    moe_from: COUNT = 1  # first layer with experts, from 1
+    moe_every: COUNT = 1  # experts in every so-many-th layer from there
+    balance_weight: NOT_NEGATIVE = 0.01  # of the load-balancing loss
+    z_weight: NOT_NEGATIVE = 0.001  # of the router z-loss
+    # normalization; none: as the scheme's row says
+    norm: str = "pre"  # placement, a row of SCHEMES in model.py, or gpas_<row>
+    norm_type: Annotated[str | None, NORM_TYPES] = None  # kind of norm
+    norm_eps: POSITIVE = 1e-6  # added to the variance in every norm
+    norm_affine: bool = True  # norms have a learned gain
+    norm_groups: COUNT = 8  # groupnorm: groups of channels
+    dyt_alpha: FINITE = 0.5  # dyt: initial slope
+    embed_norm: bool | None = None  # normalize the embedding's output
+    qk_norm: Literal["none", "head", "full"] | None = None  # norm of queries and keys: per head, or over the full width
+    v_norm: bool | None = None  # values too, in the same way
+    mix_ratio: SHARE = 0.25  # mix: share of the layers, from the first, that are Post-LN
+    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: s after the norm, on branch or residual; gain: learned
+    freeze_out_gain: bool = False  # the gains of the norms at B stay at 1 (Peri-LN section 5.3)
+    branch_scale: Annotated[str | None, BRANCH_SCALES] = None  # learned factor on the branch: a scalar, or a diagonal
+    layerscale_init: FINITE = 1e-4  # layerscale: initial value
+    # gpas
+    gpas_act: Annotated[str, GPAS_ACTS] = "silu"  # the gate a scales by 1 - act(a)
+    gpas_position: Annotated[str, GPAS_POSITIONS] = "sublayer"  # after or before the sub-layer, after norm A, on h
+    gpas_stop_gradient: bool = True  # false: naive scaling
+    gate_init: FINITE | None = None  # initial value of the gates; none: 0, for relu 0.01
+    gate_per: Literal["layer", "sublayer"] = "layer"  # one gate for both sub-layers, or one each
+    # initialization
+    init: Annotated[str | None, INITS] = None  # standard deviations of the matrices; none: as the scheme's row says
+    init_std: POSITIVE = 0.02  # of every matrix but the embedding
+    init_variance: POSITIVE | None = None  # c: they have variance c / n_embd instead (Peri-LN section 6.2)
+    embed_std: POSITIVE = math.sqrt(2 / 5)  # of the embedding (Scaled Embed, as in GPAS's code; LNS's code has 0.02)
+
+    def __post_init__(self):
+        scheme, _ = find_scheme(self.norm)
+        for name in ("norm_type", "embed_norm", "qk_norm", "v_norm", "branch_scale", "init"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(scheme, name))
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_hidden is None:
+            self.n_hidden = 8 * math.ceil(self.n_embd / 3)
+        if self.head_dim is None and self.n_head > 0 and self.n_embd % self.n_head == 0:
+            self.head_dim = self.n_embd // self.n_head
+        if self.gate_init is None:
+            self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
+        for mistake in mistakes(self):
+            raise ValueError(mistake)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The placements
@@ -38,21 +133,21 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Scheme:
-    """One row: which of A, B and C carry a norm in which sub-layers, the constants that go with them, and the flags of
-    GPTConfig that the method brings along (each can be set otherwise).
+    """One row: which of A, B and C carry a norm in which sub-layers, the constants that go with them, and the settings
+    of GPTConfig that the method brings along (each can be set otherwise).
 
-    l = 1..L is the layer. A setting that could have no effect is a ValueError here, where the table is built.
+    l = 1..L is the layer. A constant that could have no effect is a ValueError here, where the table is built.
     """
 
     norms: str  # the places that carry a norm: any of A, B, C
     mlp_norms: str | None = None  # the same for the MLP, where it differs from the attention
     first_norms: str | None = None  # the same for both in the first layers, where they differ
-    n_first: Callable[["GPTConfig"], int] | None = None  # how many layers that are
+    n_first: Callable[[GPTConfig], int] | None = None  # how many layers that are
     alpha: Callable[[int], float] | None = None  # L -> the factor on the shortcut before C
     s: Callable[[int], float] | None = None  # l -> the factor after A
     omega: bool = False  # a learned factor on the shortcut before C, one per dimension (Admin)
     b2t: bool = False  # the layer's input is added before the MLP's C (bottom-to-top connection)
-    # flags of GPTConfig
+    # settings of GPTConfig
     norm_type: str = "rmsnorm"
     embed_norm: bool = False
     qk_norm: str = "none"
@@ -81,7 +176,7 @@ class Scheme:
         return self.mlp_norms if is_mlp and self.mlp_norms is not None else self.norms
 
 
-# A before f, B after f, C after the add. Each row is also a scheme with gates: gpas_<row>.
+# A before f, B after f, C after the addition. Each row is also a scheme with gates: gpas_<row>.
 SCHEMES = {
     "post": Scheme("C"),  # x <- N(x + f(x)), the original Transformer
     "pre": Scheme("A"),  # x <- x + f(N(x))
@@ -99,7 +194,7 @@ SCHEMES = {
     # the attention's C and the MLP has none; the first layer is Pre-LN with normalized q, k, v.
     "hybrid": Scheme("C", mlp_norms="", first_norms="A", n_first=lambda c: 1, qk_norm="head", v_norm=True),
     "olmo2": Scheme("B", qk_norm="full"),  # Peri-LN appendix H
-    # names under which the papers list pre with one flag
+    # names under which the papers list pre with one setting
     "group": Scheme("A", norm_type="groupnorm"),
     "dyt": Scheme("A", norm_type="dyt"),
     "layerscale": Scheme("A", branch_scale="layerscale"),
@@ -118,66 +213,14 @@ def find_scheme(name):
     return SCHEMES[row], row != name
 
 
-# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
-GPAS_ACTS = {
-    "silu": F.silu,
-    "identity": lambda a: a,
-    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
-    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
-    "tanh": torch.tanh,
-    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
-}
-
-# Where it scales (GPAS Table 4), x the stream, h the branch: after the sub-layer (on the shortcut where there is a C),
-# before it, after the norm A, after the branch h.
-GPAS_POSITIONS = "sublayer", "before", "norm", "module"
-
-# A learned factor b on the branch: its shape and initial value.
-BRANCH_SCALES = {
-    "none": None,
-    "skipinit": lambda c: ((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
-    "layerscale": lambda c: ((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
-}
-
-
-def base_std(config):
-    """init_std, or the square root of the variance c / n_embd (Peri-LN section 6.2)."""
-    return config.init_std if config.init_variance is None else math.sqrt(config.init_variance / config.n_embd)
-
-
-def xavier_std(config, name, l, shape):
-    """Xavier-normal (Peri-LN section 6.2)."""
-    return math.sqrt(2 / (shape[-1] + shape[-2]))
-
-
-def deepnorm_std(config, name, l, shape):
-    """DeepNorm: Xavier-normal, with gain (8L)^-1/4 for v, o and the MLP and 1 for q and k."""
-    gain = 1.0 if name in ("q_proj", "k_proj") else (8 * config.n_layer) ** -0.25
-    return gain * xavier_std(config, name, l, shape)
-
-
-OUTPUTS = "o_proj", "down_proj"
-
-# Standard deviation of the matrix `name` (q_proj ... down_proj) of layer l; head and routers have base_std, the
-# embedding embed_std. The sources of scaled, depth and olmo are LNS section 6 and 5.3.1.
-INITS = {
-    "normal": lambda c, name, l, shape: base_std(c),
-    "scaled": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * c.n_layer if name in OUTPUTS else 1),
-    "depth": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * l),  # Zhang et al. 2019
-    "olmo": lambda c, name, l, shape: 1 / math.sqrt(c.n_embd * (2 * l if name in OUTPUTS else 1)),
-    "xavier": xavier_std,
-    "deepnorm": deepnorm_std,
-}
-
-
 class Residual(nn.Module):
-    """x -> the scheme's residual around a sub-layer f; (B, T, n_embd) in and out.
+    """x -> the scheme's residual around a sub-layer f, x (B, T, n_embd) in and out:
 
         h = b * B(f(s * A(x)))
         x <- C(alpha * omega * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
 
     b is a learned scale of the branch, omega one of the shortcut (Admin); both are 1 unless asked for.
-    The constants s and alpha, and the places, belong to layer l = 1..L and stay with the module wherever its block is.
+    The norms and the constants s and alpha belong to layer l = 1..L and stay with the module wherever its block is.
     """
 
     def __init__(self, config, l, is_mlp):
@@ -191,47 +234,75 @@ class Residual(nn.Module):
             self.out_norm.weight.requires_grad_(False)
         self.alpha = scheme.alpha(config.n_layer) if scheme.alpha else 1.0
         self.omega = nn.Parameter(torch.ones(config.n_embd)) if scheme.omega else None
-        self.s, self.s_position = scheme.s(l) if scheme.s else 1.0, config.s_position
         b = BRANCH_SCALES[config.branch_scale]
         self.branch_scale = nn.Parameter(torch.full(*b(config))) if b else None
-        self.branch_out = nn.Identity()  # h passes here as it is added: hooks on it see the branch
-        self.gpas_position, self.stop_gradient = config.gpas_position, config.gpas_stop_gradient
+        self.branch_out = nn.Identity()  # h passes here on its way to the addition: a hook on it sees h
+        self.s = scheme.s(l) if scheme.s else 1.0
+        self.s_place, self.gate_place = S_POSITIONS[config.s_position], GPAS_POSITIONS[config.gpas_position]
+        self.stop_gradient = config.gpas_stop_gradient
+        # What the gate's gradient is computed from: the tensor that its neighbour keeps in memory in any case.
+        self.keep = "input" if "C" in places and self.gate_place == "stream" else "output"
 
     def forward(self, x, f, scale=None, bottom=None):
         """x (B, T, n_embd); `scale` is the gate_scale for this sub-layer, shape (1,), None without gates; `bottom`, of
         x's shape, is what b2t adds before C, None without."""
-        x = self.gpas_at("before", x, scale)
+        x = self.at("before", x, scale)
         h = self.branch(x, f, scale)
-        if self.post_norm is not None:
-            shortcut = times(self.omega, self.gpas_at("sublayer", x, scale, keep="input"))
-            h = h if bottom is None else h + bottom
-            return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))  # h + alpha * shortcut
-        return self.gpas_at("sublayer", self.s_at("residual", x + h), scale)
+        if self.post_norm is None:
+            return self.at("stream", x + h, scale)
+        shortcut = times(self.omega, self.at("stream", x, scale))
+        h = h if bottom is None else h + bottom
+        return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))  # h + alpha * shortcut
 
     def branch(self, x, f, scale=None):
         """h, what is added to the shortcut."""
-        h = self.s_at("norm", self.pre_norm(x))
-        return self.after_out_norm(self.out_norm(f(self.gpas_at("norm", h, scale))), scale)
+        h = self.out_norm(f(self.at("norm", self.pre_norm(x), scale)))
+        return self.branch_out(self.at("branch", times(self.branch_scale, h), scale))
 
-    def after_out_norm(self, h, scale=None):
-        """What scales the branch after B: b, and s or the gate in the ablations that have them here."""
-        return self.branch_out(self.gpas_at("module", self.s_at("branch", times(self.branch_scale, h)), scale))
-
-    def s_at(self, place, x):
-        """s * x if this is the place of s, "norm" but in the ablations of LNS Table 8."""
-        return self.s * x if self.s != 1 and place == self.s_position else x
-
-    def gpas_at(self, place, x, scale, keep="output"):
-        """gpas(x) if this is its place, "sublayer" but in the ablations of GPAS Table 4; without the stop-gradient it
-        is naive scaling (GPAS Eq. 12)."""
-        if scale is None or place != self.gpas_position:
-            return x
-        return gpas(x, scale, keep) if self.stop_gradient else scale * x
+    def at(self, place, x, scale):
+        """x, multiplied by s and by the gate's scale where this is their place: "before" the sub-layer, after the
+        "norm" A, on the "branch" h, or on the "stream" (the shortcut where there is a C)."""
+        if place == self.s_place and self.s != 1:
+            x = self.s * x
+        if place == self.gate_place and scale is not None:
+            x = gpas(x, scale, self.keep) if self.stop_gradient else scale * x  # without it: naive scaling, GPAS Eq. 12
+        return x
 
 
-def times(factor, x):
-    """factor * x, or x without a factor."""
-    return x if factor is None else factor * x
+# Where s and the gate act. Left the papers' words, which are the settings; right the places in Residual.
+S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8; gain: no factor
+GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
+
+# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
+GPAS_ACTS = {
+    "silu": F.silu,
+    "identity": lambda a: a,
+    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
+    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
+    "tanh": torch.tanh,
+    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
+}
+
+# A learned factor b on the branch: its shape and initial value.
+BRANCH_SCALES = {
+    "none": None,
+    "skipinit": lambda c: ((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
+    "layerscale": lambda c: ((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
+}
+
+
+def gpas(x, scale, keep=None):
+    """Gradient-preserving activation scaling (GPAS Eq. 2, 11), sg the stop-gradient, scale = 1 - act(a) of shape (1,):
+
+        gpas(x) = x - act(a) * sg(x)     forward a multiplication by 1 - act(a), backward the identity
+
+    The last line is this definition: x's gradient flows through its first term, the gate's through its second. It keeps
+    x (..., n_embd) in memory for the gate's gradient. keep="input" or "output" gives the same values and gradients from
+    the tensor that is named, which the operation before or after keeps anyway.
+    """
+    if keep:
+        return ScaleForwardOnly.apply(x, scale, keep == "output")
+    return x - (1 - scale) * x.detach()
 
 
 def gate_scale(gate, act="silu"):
@@ -241,185 +312,13 @@ def gate_scale(gate, act="silu"):
     return scale + (away_from_zero - scale).detach()
 
 
-def gpas(x, scale, keep=None):
-    """Gradient-preserving activation scaling (GPAS Eq. 2, 11), sg the stop-gradient, scale = 1 - act(a) of shape (1,):
-
-        gpas(x) = x - act(a) * sg(x)     forward a scaling by 1 - act(a), backward the identity
-
-    The last line is this definition. It keeps x (..., n_embd) for the gate's gradient; with keep="input" or "output"
-    that gradient is had from x, or from the result, whichever the neighbouring operation keeps in any case.
-    """
-    if keep:
-        return KeepGradient.apply(x, scale, keep == "output")
-    return x - (1 - scale) * x.detach()
-
-
-class KeepGradient(torch.autograd.Function):
-    """y = scale * x with dy/dx = I and dy/dscale = x, where x is kept itself or had as y / scale."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, scale, from_output):
-        return x * scale
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, scale, ctx.from_output = inputs
-        ctx.dtype = x.dtype
-        ctx.save_for_backward(output if ctx.from_output else x, scale)
-
-    @staticmethod
-    def backward(ctx, g):
-        if not ctx.needs_input_grad[1]:
-            return g.to(ctx.dtype), None, None
-        kept, scale = ctx.saved_tensors
-        total = torch.dot(g.flatten(), kept.detach().to(g.dtype).flatten()).to(scale.dtype).expand_as(scale)  # no copy
-        return g.to(ctx.dtype), total / scale.detach() if ctx.from_output else total, None
+def times(factor, x):
+    """factor * x, or x without a factor."""
+    return x if factor is None else factor * x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The decoder
-
-
-@dataclass
-class GPTConfig:
-    """The architecture. None means what the comment says and is replaced by it. ValueError for what cannot be built."""
-
-    # model
-    block_size: int = 256  # longest sequence, in tokens
-    vocab_size: int = 257  # rows of the embedding and of the head
-    n_layer: int = 12  # blocks, each attention and MLP
-    n_head: int = 4  # query heads
-    n_embd: int = 128  # width of the residual stream
-    n_kv_head: int | None = None  # key/value heads, a divisor of n_head (1: MQA); none: n_head
-    head_dim: int | None = None  # width of a head, even; none: n_embd / n_head
-    n_hidden: int | None = None  # MLP width, of each expert too; none: 8/3 n_embd, rounded up to a multiple of 8
-    tie_embeddings: bool = False  # the head is the embedding table, and starts with its embed_std
-    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
-    rope_theta: float = 10000.0  # base of the rotary embedding
-    rope_scaling: dict | None = None  # longer contexts, {"rope_type": a row of ROPE_SCALINGS in model.py, its numbers}
-    # mixture of experts
-    n_expert: int = 0  # experts in place of the MLP; 0: a dense MLP
-    n_expert_active: int = 2  # top-k: experts that a token reaches
-    n_expert_shared: int = 0  # experts that every token reaches besides
-    normalize_gates: bool = True  # the chosen experts' weights sum to 1; false: as in OLMoE and Sparsity's code
-    average_shared: bool = False  # shared experts are averaged in, as in Sparsity's code; false: added
-    moe_from: int = 1  # first layer with experts, from 1
-    moe_every: int = 1  # experts in every so-many-th layer from there
-    balance_weight: float = 0.01  # of the load-balancing loss
-    z_weight: float = 0.001  # of the router z-loss
-    # normalization; none: as the scheme's row says
-    norm: str = "pre"  # placement, a row of SCHEMES in model.py, or gpas_<row>
-    norm_type: str | None = None  # rmsnorm, layernorm, groupnorm or dyt
-    norm_eps: float = 1e-6  # added to the variance in every norm
-    norm_affine: bool = True  # norms have a learned gain
-    norm_groups: int = 8  # groupnorm: groups of channels
-    dyt_alpha: float = 0.5  # dyt: initial slope
-    embed_norm: bool | None = None  # normalize the embedding's output
-    qk_norm: str | None = None  # queries and keys before the rotation: none, head (per head) or full (whole width)
-    v_norm: bool | None = None  # values too, in the same way
-    mix_ratio: float = 0.25  # mix: share of the layers, from the first, that are Post-LN
-    s_position: str = "norm"  # lns: s after the norm, on the branch, on the residual; gain: learned, from s
-    freeze_out_gain: bool = False  # the gains of the norms at B stay at 1 (Peri-LN section 5.3)
-    branch_scale: str | None = None  # learned factor on the branch: none, skipinit (a scalar) or layerscale (diagonal)
-    layerscale_init: float = 1e-4  # layerscale: initial value
-    # gpas
-    gpas_act: str = "silu"  # silu, identity, relu, leaky_relu, tanh, scale_silu
-    gpas_position: str = "sublayer"  # scales after the sublayer, before it, after the norm A, on the module's h
-    gpas_stop_gradient: bool = True  # false: naive scaling
-    gate_init: float | None = None  # initial value of the gates; none: 0, for relu 0.01
-    gate_per: str = "layer"  # layer (one gate for both sub-layers) or sublayer (one each)
-    # initialization
-    init: str | None = None  # standard deviations, a row of INITS in model.py; none: as the scheme's row says
-    init_std: float = 0.02  # of every matrix but the embedding
-    init_variance: float | None = None  # c: they have variance c / n_embd instead (Peri-LN section 6.2)
-    embed_std: float = math.sqrt(2 / 5)  # of the embedding (Scaled Embed, as in GPAS's code; LNS's code has 0.02)
-
-    def __post_init__(self):
-        scheme, gated = find_scheme(self.norm)
-        for name in ("norm_type", "embed_norm", "qk_norm", "v_norm", "branch_scale", "init"):
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(scheme, name))
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        if self.n_hidden is None:
-            self.n_hidden = 8 * math.ceil(self.n_embd / 3)
-        if self.gate_init is None:
-            self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "norm_groups", "head_dim"):
-            if getattr(self, name) is not None and not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and under 2^31")
-        if self.n_expert < 0 or self.n_expert_shared < 0:
-            raise ValueError(f"n_expert {self.n_expert} and n_expert_shared {self.n_expert_shared} must be at least 0")
-        if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
-            raise ValueError(f"n_expert_active {self.n_expert_active} must lie between 1 and n_expert {self.n_expert}")
-        if self.moe_every < 1 or not 1 <= self.moe_from <= self.n_layer:
-            raise ValueError(f"moe_from {self.moe_from} must be a layer and moe_every {self.moe_every} at least 1")
-        for name in ("balance_weight", "z_weight", "gate_init", "dyt_alpha", "layerscale_init"):
-            value, least = getattr(self, name), 0 if name.endswith("_weight") else -math.inf
-            if not (least <= value and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; it must be {'at least 0 and ' * (least == 0)}finite")
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; or give a head_dim")
-            self.head_dim = self.n_embd // self.n_head
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim (n_embd / n_head unless given) {self.head_dim} is odd; rotation needs pairs")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
-        for name, known in {
-            "norm_type": NORM_TYPES,
-            "qk_norm": ("none", "head", "full"),
-            "branch_scale": BRANCH_SCALES,
-            "init": INITS,
-            "s_position": ("norm", "branch", "residual", "gain"),
-            "gpas_act": GPAS_ACTS,
-            "gpas_position": GPAS_POSITIONS,
-            "gate_per": ("layer", "sublayer"),
-        }.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        if not 0 <= self.mix_ratio <= 1:
-            raise ValueError(f"mix_ratio is {self.mix_ratio}; it must lie between 0 and 1")
-        for name in ("norm_eps", "init_std", "init_variance", "embed_std", "rope_theta"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be positive")
-        if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type")
-            if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-                raise ValueError(f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}")
-            names, given = ROPE_SCALINGS[kind][0], {n: v for n, v in self.rope_scaling.items() if n != "rope_type"}
-            are_numbers = all(type(v) in (int, float) and 0 < v < 1e30 for v in given.values())
-            if set(given) != set(names) or not are_numbers:
-                raise ValueError(f"rope_scaling of type {kind} needs positive numbers {', '.join(names)}; got {given}")
-        places = [scheme.places(self, l, m) for l in range(1, self.n_layer + 1) for m in (False, True)]
-        has_b, all_have_a = any("B" in p for p in places), all("A" in p for p in places)
-        without_effect = {
-            "s_position": (self.s_position != "norm" and not scheme.s, "a scheme with s, such as lns"),
-            "freeze_out_gain": (self.freeze_out_gain and not (has_b and self.norm_affine), "gains of norms at B"),
-            "v_norm": (self.v_norm and self.qk_norm == "none", "qk_norm=head or full"),
-            "init_variance": (self.init_variance and self.init in ("deepnorm", "olmo", "xavier"), "another init"),
-            "norm_affine": (not self.norm_affine and self.s_position == "gain", "an s_position other than gain"),
-        }
-        defaults = {"gpas_act": "silu", "gpas_position": "sublayer", "gpas_stop_gradient": True, "gate_per": "layer"}
-        for name, default in {**defaults, "gate_init": 0.0}.items():
-            without_effect[name] = not gated and getattr(self, name) != default, "a gpas_ scheme"
-        for name, default in {"n_expert_shared": 0, "moe_from": 1, "moe_every": 1}.items():
-            without_effect[name] = not self.n_expert and getattr(self, name) != default, "n_expert above 0"
-        without_effect["average_shared"] = self.average_shared and not self.n_expert_shared, "n_expert_shared above 0"
-        if gated and self.gpas_position == "norm":
-            without_effect["gpas_position"] = not all_have_a, "a norm at A in every layer"
-        for name, (is_wrong, needed) in without_effect.items():
-            if is_wrong:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect (norm is {self.norm}): it needs {needed}")
-        if self.norm_type == "groupnorm":
-            full = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-            widths = {"none": (), "head": (self.head_dim,), "full": full}
-            for width in (self.n_embd, *widths[self.qk_norm]):
-                if width % self.norm_groups:
-                    raise ValueError(f"norm_groups {self.norm_groups} does not divide the width {width} of a norm")
 
 
 class Norm(nn.Module):
@@ -471,24 +370,6 @@ def to_matmul_dtype(x):
     return x
 
 
-def llama3_scaling(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
-    """Llama 3.1's: frequencies that turn fewer than low_freq_factor times within the original context are divided by
-    the factor, those that turn more than high_freq_factor times stay, and those between are mixed."""
-    turns = original_max_position_embeddings * frequency / (2 * math.pi)
-    share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return frequency * (share + (1 - share) / factor)
-
-
-# What becomes of the rotary frequencies (head_dim / 2,): the names of the numbers of a rope_scaling, and the function.
-ROPE_SCALINGS = {
-    "linear": (("factor",), lambda frequency, factor: frequency / factor),
-    "llama3": (
-        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        llama3_scaling,
-    ),
-}
-
-
 def rotary_table(start, T, head_dim, theta, like, scaling=None):
     """Cosine and sine of the angles m * theta^(-2i / head_dim) of positions m = start ... start + T - 1, each
     (T, head_dim / 2), in at least float32, on the device of `like`; `scaling` is GPTConfig's rope_scaling. Computed at
@@ -508,24 +389,6 @@ def rotate(x, cos, sin):
     """Rotary position embedding in the rotate-half convention (Llama's) of x (B, heads, T, head_dim)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-class KVCache:
-    """Keys and values of one attention layer for the tokens so far, each (B, n_kv_head, up to max_len, head_dim)."""
-
-    def __init__(self, max_len):
-        self.max_len, self.length, self.k, self.v = max_len, 0, None, None
-
-    def append(self, k, v):
-        """Adds the keys and values of new tokens and returns those of all tokens."""
-        if self.k is None:
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -587,23 +450,291 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Experts(nn.Module):
-    """n_expert SwiGLUs, their matrices stacked (expert, out, in), each for its own rows of the input."""
+class Block(nn.Module):
+    """One layer, l = 1..L: a function of the residual state, (B, T, n_embd) in and out."""
+
+    def __init__(self, config, l):
+        super().__init__()
+        scheme, gated = find_scheme(config.norm)
+        # One gate for both sub-layers (GPAS section 4.1), or one each.
+        n_gates = {"layer": 1, "sublayer": 2}[config.gate_per]
+        self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if gated else None
+        self.gpas_act, self.b2t = config.gpas_act, scheme.b2t
+        self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
+        self.mlp, self.mlp_residual = make_mlp(config, l), Residual(config, l, is_mlp=True)
+
+    def gate_scales(self):
+        """1 - act(a) for the attention's residual and for the MLP's, each (1,); None, None without gates."""
+        if self.gate is None:
+            return None, None
+        scale = gate_scale(self.gate, self.gpas_act)
+        return scale[:1], scale[-1:]
+
+    def forward(self, x, cache=None):
+        """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
+        attn_scale, mlp_scale = self.gate_scales()
+        bottom = x if self.b2t else None
+        x = self.attn_residual(x, lambda h: self.attn(h, cache), attn_scale)
+        return self.mlp_residual(x, self.mlp, mlp_scale, bottom)
+
+
+class GPT(nn.Module):
+    """The decoder: embedding, blocks, final norm, head.
+
+    The weights are drawn from torch's global seed, each parameter from a generator of its own that is seeded by its
+    name: models started from one seed have the same draws for the matrices that they share.
+    """
 
     def __init__(self, config):
         super().__init__()
-        E, d, h = config.n_expert, config.n_embd, config.n_hidden
-        self.gate_proj, self.up_proj = nn.Parameter(torch.empty(E, h, d)), nn.Parameter(torch.empty(E, h, d))
-        self.down_proj = nn.Parameter(torch.empty(E, d, h))
+        # Drawn first: torch's own initialization of the modules below draws too, but not on the meta device.
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size is {config.vocab_size}; it must be at least 1")
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_norm = Norm(config, config.n_embd) if config.embed_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layer + 1))
+        self.norm = Norm(config, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.init_weights(seed)
+        for message in doubts(config):
+            warnings.warn(message)
 
-    def forward(self, x, ends):
-        """x (rows, n_embd) sorted by expert, those of expert e up to row ends[e] -> the same shape."""
-        h = F.silu(GroupedLinear.apply(x, self.gate_proj, ends)) * GroupedLinear.apply(x, self.up_proj, ends)
-        return GroupedLinear.apply(h, self.down_proj, ends)
+    def forward(self, idx, targets=None, caches=None):
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the loss in nats.
+
+        It is the mean cross-entropy over the targets that are not -100; in training mode the routers' losses, averaged
+        over layers and weighted, are added, and `self.losses` holds the parts. `caches`, one KVCache a block, says that
+        idx continues what they hold.
+        """
+        x = self.embed_norm(self.embed_tokens(idx))
+        for i, block in enumerate(self.blocks):
+            x = block(x, caches[i]) if caches else block(x)
+        logits = self.lm_head(self.norm(x))
+        if targets is None:
+            return logits, None
+        logits32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(logits32.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        loss = total / (targets != -100).sum().clamp(min=1)  # 0 where every target is masked
+        self.losses = {"cross_entropy": loss.detach()}
+        moes = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        if self.training and moes:
+            balance = torch.stack([moe.balance_loss for moe in moes]).mean()
+            z = torch.stack([moe.z_loss for moe in moes]).mean()
+            self.losses |= {"balance": balance.detach(), "z": z.detach()}
+            loss = loss + self.config.balance_weight * balance + self.config.z_weight * z
+        return logits, loss
+
+    # -- generation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, idx, n, temperature=1.0, top_k=None):
+        """Continues idx (B, T) by n sampled tokens: (B, T + n). Temperature 0 takes the likeliest token each time.
+
+        Past block_size the window of the last block_size tokens is computed anew for each token, as without a cache.
+        """
+        if idx.shape[1] < 1:
+            raise ValueError("generate needs at least one token to continue")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature {temperature} must be at least 0 and top_k {top_k} at least 1")
+        size, caches, new = self.config.block_size, None, idx
+        for _ in range(n):
+            if idx.shape[1] > size:
+                caches, new = None, idx[:, -size:]
+            elif caches is None:
+                caches = [KVCache(size) for _ in self.blocks]
+            logits = self(new, caches=caches)[0][:, -1].float()
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits - logits.amax(-1, keepdim=True)  # at most 0: no overflow at a low temperature
+                logits = logits / max(temperature, 1e-30)
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                new = torch.multinomial(F.softmax(logits, dim=-1), 1)
+            idx = torch.cat((idx, new), dim=1)
+        return idx
+
+    # -- what a training loop asks -----------------------------------------------------------------------------------
+
+    def gates(self):
+        """The GPAS gates, one parameter of shape (1,) a layer ((2,) with one a sub-layer); empty without gates."""
+        return [block.gate for block in self.blocks if block.gate is not None]
+
+    @torch.no_grad()
+    def set_gates(self, values):
+        """Gives layer l's gate the l-th of n_layer values (a number, or one per sub-layer); else ValueError."""
+        if len(values) != len(self.gates()):
+            raise ValueError(f"{len(values)} gate values for the {len(self.gates())} gates of norm {self.config.norm}")
+        for gate, value in zip(self.gates(), values):
+            gate.copy_(torch.as_tensor(value))
+
+    def optimizer_groups(self, weight_decay):
+        """Parameter groups for AdamW: matrices decay, vectors do not, and the gates are a group of their own.
+
+        Frozen parameters are in their groups too (they get no gradient, hence no step), so that they may thaw."""
+        gates, parameters = {id(p) for p in self.gates()}, list(self.parameters())
+        groups = {
+            "matrices": ([p for p in parameters if p.dim() >= 2], weight_decay),
+            "vectors": ([p for p in parameters if p.dim() < 2 and id(p) not in gates], 0.0),
+            "gates": (self.gates(), 0.0),
+        }
+        return [{"name": n, "params": ps, "weight_decay": decay} for n, (ps, decay) in groups.items() if ps]
+
+    def count_params(self):
+        """Parameters: `total`, `active` (those that one token meets) and `non_embedding` (without table and head)."""
+        total = sum(p.numel() for p in self.parameters())
+        vocab = sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})  # one if they are tied
+        return {"total": total, "active": total - self.count_idle(), "non_embedding": total - vocab}
+
+    def count_idle(self):
+        """Parameters of the experts that a token does not reach."""
+        E, k = self.config.n_expert, self.config.n_expert_active
+        return sum(p.numel() // E * (E - k) for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+
+    def flops_per_token(self, T=None):
+        """Floating-point operations of one token's forward and backward pass in sequences of T tokens (block_size).
+
+        6 for each active matrix entry but the embedding table's (a look-up, unless it is the head too), and causal
+        attention as it is needed: a query meets (T + 1) / 2 keys on average, with 2 products of head_dim, 2 operations
+        each, 3 passes.
+        """
+        config, T = self.config, T or self.config.block_size
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+        matrices -= 0 if config.tie_embeddings else self.embed_tokens.weight.numel()
+        attention = 12 * config.n_layer * config.n_head * config.head_dim * (T + 1) / 2
+        return 6 * (matrices - self.count_idle()) + attention
+
+    def mfu(self, tokens_per_s, peak_flops, T=None):
+        """Model FLOPs utilization: the share of the hardware's peak (in FLOP/s) that the model's own work reaches."""
+        return self.flops_per_token(T) * tokens_per_s / peak_flops
+
+    # -- initialization ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Draws every matrix from its own generator, on the CPU; vectors get their constant initial values, and omega
+        those of a profiling pass."""
+        c = self.config
+        for name, p in self.named_parameters():
+            if p.is_meta:
+                continue
+            if p.dim() == 1:
+                p.fill_(self.initial_value(name))
+                continue
+            matrix = name.removesuffix(".weight").rpartition(".")[2]
+            if matrix == "embed_tokens":
+                std = c.embed_std
+            elif matrix in ("lm_head", "router"):
+                std = base_std(c)
+            else:
+                std = INITS[c.init](c, matrix, int(name.split(".")[1]) + 1, p.shape)
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+            p.copy_(torch.empty(p.shape, device="cpu").normal_(0, std, generator=generator))
+        if find_scheme(c.norm)[0].omega and not self.lm_head.weight.is_meta:
+            generator = torch.Generator().manual_seed(seed)
+            idx = torch.randint(c.vocab_size, (4, min(c.block_size, 256)), generator=generator, device="cpu")
+            self.profile_omega(idx.to(self.lm_head.weight.device))
+
+    def initial_value(self, name):
+        """What every element of the vector parameter `name` starts from."""
+        c, (owner, _, kind) = self.config, name.rpartition(".")
+        if kind == "gate":
+            return c.gate_init
+        if kind == "branch_scale":
+            return BRANCH_SCALES[c.branch_scale](c)[1]
+        if owner.endswith(".pre_norm") and kind == "weight" and c.s_position == "gain":
+            return self.get_submodule(owner.removesuffix(".pre_norm")).s
+        return {"weight": 1.0, "omega": 1.0, "bias": 0.0, "alpha": c.dyt_alpha}[kind]
+
+    @torch.no_grad()
+    def profile_omega(self, idx):
+        """Admin's initialization from one batch idx (B, T): omega is 1 in the first sub-layer, and then
+
+            omega_{i+1}^2 = Var[omega_i * x_i] + Var[f_i(x_i)]     accumulated over the branches so far
+
+        with the variances over all elements (Liu et al. 2020, in the form of its code's profiling pass).
+        """
+        x, omega = self.embed_norm(self.embed_tokens(idx)), 1.0
+        for block in self.blocks:
+            for residual, f in ((block.attn_residual, block.attn), (block.mlp_residual, block.mlp)):
+                residual.omega.fill_(omega)
+                omega = math.sqrt((omega * x).var(correction=0) + residual.branch(x, f).var(correction=0))
+                x = residual(x, f)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Initialization: tables
+
+
+def base_std(config):
+    """init_std, or the square root of the variance c / n_embd (Peri-LN section 6.2)."""
+    return config.init_std if config.init_variance is None else math.sqrt(config.init_variance / config.n_embd)
+
+
+def xavier_std(config, name, l, shape):
+    """Xavier-normal (Peri-LN section 6.2)."""
+    return math.sqrt(2 / (shape[-1] + shape[-2]))
+
+
+def deepnorm_std(config, name, l, shape):
+    """DeepNorm: Xavier-normal, with gain (8L)^-1/4 for v, o and the MLP and 1 for q and k."""
+    gain = 1.0 if name in ("q_proj", "k_proj") else (8 * config.n_layer) ** -0.25
+    return gain * xavier_std(config, name, l, shape)
+
+
+OUTPUTS = "o_proj", "down_proj"
+
+# Standard deviation of the matrix `name` (q_proj ... down_proj) of layer l; head and routers have base_std, the
+# embedding embed_std. The sources of scaled, depth and olmo are LNS section 6 and 5.3.1.
+INITS = {
+    "normal": lambda c, name, l, shape: base_std(c),
+    "scaled": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * c.n_layer if name in OUTPUTS else 1),
+    "depth": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * l),  # Zhang et al. 2019
+    "olmo": lambda c, name, l, shape: 1 / math.sqrt(c.n_embd * (2 * l if name in OUTPUTS else 1)),
+    "xavier": xavier_std,
+    "deepnorm": deepnorm_std,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys and values of a generation
+
+
+class KVCache:
+    """Keys and values of one attention layer for the tokens so far, each (B, n_kv_head, up to max_len, head_dim)."""
+
+    def __init__(self, max_len):
+        self.max_len, self.length, self.k, self.v = max_len, 0, None, None
+
+    def append(self, k, v):
+        """Adds the keys and values of new tokens and returns those of all tokens."""
+        if self.k is None:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+
+def make_mlp(config, l):
+    """The MLP of layer l: experts from layer moe_from on, in every moe_every-th layer, where there are any."""
+    is_moe = config.n_expert and l >= config.moe_from and (l - config.moe_from) % config.moe_every == 0
+    return MoE(config) if is_moe else MLP(config, config.n_hidden)
 
 
 class MoE(nn.Module):
-    """Dropless mixture of experts in place of the MLP (Sparsity Eq. 18), g the weights of the k chosen experts:
+    """Dropless mixture of experts in place of the MLP (Sparsity Eq. 18), g the router weights of the k chosen experts:
 
         p = softmax(W x);   y = sum over the k largest p_i of g_i * expert_i(x);   g = p / sum of the k, or p itself
 
@@ -614,7 +745,7 @@ class MoE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.top_k, self.normalize_gates = config.n_expert_active, config.normalize_gates
+        self.top_k, self.normalize = config.n_expert_active, config.normalize_gates
         self.average_shared = config.average_shared
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = Experts(config)
@@ -631,9 +762,9 @@ class MoE(nn.Module):
         k, tokens = self.top_k, x.flatten(0, -2)  # (N, n_embd)
         logits = self.route(tokens)
         p = logits.softmax(-1)
-        gates, chosen = p.topk(k)  # (N, k)
-        if self.normalize_gates:
-            gates = gates / gates.sum(-1, keepdim=True)
+        weights, chosen = p.topk(k)  # (N, k)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
 
         chosen = chosen.flatten()
         order = chosen.argsort(stable=True)  # row r of the sorted tokens is token order[r] // k
@@ -641,7 +772,7 @@ class MoE(nn.Module):
         rows = to_matmul_dtype(tokens).index_select(0, order // k)
         out = self.experts(rows, self.load.cumsum(0).to(torch.int32))
         out = out.index_select(0, order.argsort()).view(-1, k, out.shape[-1])  # (N, k, n_embd), as the tokens came
-        y = (out * gates[..., None]).sum(1).to(x.dtype).view(x.shape)
+        y = (out * weights[..., None]).sum(1).to(x.dtype).view(x.shape)
 
         if self.training:
             # Switch form: n_expert / k * sum of f_i * P_i, f_i the share of tokens sent to i, P_i its mean probability
@@ -651,6 +782,21 @@ class MoE(nn.Module):
         if self.shared is None:
             return y
         return (k * y + self.shared(x)) / (k + 1) if self.average_shared else y + self.shared(x)
+
+
+class Experts(nn.Module):
+    """n_expert SwiGLUs, their matrices stacked (expert, out, in), each for its own rows of the input."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, d, h = config.n_expert, config.n_embd, config.n_hidden
+        self.gate_proj, self.up_proj = nn.Parameter(torch.empty(E, h, d)), nn.Parameter(torch.empty(E, h, d))
+        self.down_proj = nn.Parameter(torch.empty(E, d, h))
+
+    def forward(self, x, ends):
+        """x (rows, n_embd) sorted by expert, those of expert e up to row ends[e] -> the same shape."""
+        h = F.silu(GroupedLinear.apply(x, self.gate_proj, ends)) * GroupedLinear.apply(x, self.up_proj, ends)
+        return GroupedLinear.apply(h, self.down_proj, ends)
 
 
 def rows_of_experts(ends):
@@ -712,38 +858,141 @@ class GroupedLinear(torch.autograd.Function):
         return grouped_product(g, w.transpose(1, 2), ends), grouped_outer(g, x, ends, w), None
 
 
-def make_mlp(config, l):
-    """The MLP of layer l: experts from layer moe_from on, in every moe_every-th layer, where there are any."""
-    is_moe = config.n_expert and l >= config.moe_from and (l - config.moe_from) % config.moe_every == 0
-    return MoE(config) if is_moe else MLP(config, config.n_hidden)
+# ---------------------------------------------------------------------------------------------------------------------
+# The form of gpas that saves memory
 
 
-class Block(nn.Module):
-    """One layer, l = 1..L: a function of the residual state, (B, T, n_embd) in and out."""
+class ScaleForwardOnly(torch.autograd.Function):
+    """gpas in less memory: y = scale * x with dy/dx = I and dy/dscale = x. What is kept for the backward pass is x or,
+    with from_output, y, and x is then computed as y / scale."""
 
-    def __init__(self, config, l):
-        super().__init__()
-        scheme, gated = find_scheme(config.norm)
-        # One gate for both sub-layers (GPAS section 4.1), or one each.
-        n_gates = {"layer": 1, "sublayer": 2}[config.gate_per]
-        self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if gated else None
-        self.gpas_act, self.b2t = config.gpas_act, scheme.b2t
-        self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
-        self.mlp, self.mlp_residual = make_mlp(config, l), Residual(config, l, is_mlp=True)
+    generate_vmap_rule = True
 
-    def gate_scales(self):
-        """1 - act(a) for the attention's residual and for the MLP's, each (1,); None, None without gates."""
-        if self.gate is None:
-            return None, None
-        scale = gate_scale(self.gate, self.gpas_act)
-        return scale[:1], scale[-1:]
+    @staticmethod
+    def forward(x, scale, from_output):
+        return x * scale
 
-    def forward(self, x, cache=None):
-        """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
-        attn_scale, mlp_scale = self.gate_scales()
-        bottom = x if self.b2t else None
-        x = self.attn_residual(x, lambda h: self.attn(h, cache), attn_scale)
-        return self.mlp_residual(x, self.mlp, mlp_scale, bottom)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scale, ctx.from_output = inputs
+        ctx.save_for_backward(output if ctx.from_output else x, scale)
+
+    @staticmethod
+    def backward(ctx, g):
+        if not ctx.needs_input_grad[1]:
+            return g, None, None
+        kept, scale = ctx.saved_tensors
+        total = torch.dot(g.flatten(), kept.detach().to(g.dtype).flatten()).to(scale.dtype).expand_as(scale)  # no copy
+        return g, total / scale.detach() if ctx.from_output else total, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Longer contexts
+
+
+def llama3_scaling(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Llama 3.1's: frequencies that turn fewer than low_freq_factor times within the original context are divided by
+    the factor, those that turn more than high_freq_factor times stay, and those between are mixed."""
+    turns = original_max_position_embeddings * frequency / (2 * math.pi)
+    share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequency * (share + (1 - share) / factor)
+
+
+# What becomes of the rotary frequencies (head_dim / 2,): the names of the numbers of a rope_scaling, and the function.
+ROPE_SCALINGS = {
+    "linear": (("factor",), lambda frequency, factor: frequency / factor),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        llama3_scaling,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of a configuration
+
+
+def limits_of(hint):
+    """The (least, greatest) value, or the known names, that the type of a field declares; None if it declares none."""
+    for kind in (hint, *typing.get_args(hint)):  # of `X | None`, X
+        if typing.get_origin(kind) is Annotated:
+            return kind.__metadata__[0]
+        if typing.get_origin(kind) is Literal:
+            return typing.get_args(kind)
+
+
+def mistakes(config):
+    """Why a configuration cannot be built, or which of its settings would have no effect: one sentence each."""
+    hints = typing.get_type_hints(GPTConfig, include_extras=True)
+    for name, hint in hints.items():
+        value, limits = getattr(config, name), limits_of(hint)
+        if value is None or limits is None:
+            continue
+        is_range = isinstance(limits, tuple) and not isinstance(limits[0], str)
+        if is_range and not limits[0] <= value <= limits[1]:
+            yield f"{name} is {value}; it must lie between {limits[0]} and {limits[1]}"
+        if not is_range and value not in limits:
+            yield f"unknown {name} {value!r}; known: {', '.join(limits)}"
+
+    c = config
+    if c.head_dim is None:
+        yield f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}; or give a head_dim"
+    if c.head_dim % 2:
+        yield f"head_dim (n_embd / n_head unless given) {c.head_dim} is odd; rotation needs pairs"
+    if c.n_head % c.n_kv_head:
+        yield f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}"
+    if c.n_expert and c.n_expert_active > c.n_expert:
+        yield f"n_expert_active {c.n_expert_active} must lie between 1 and n_expert {c.n_expert}"
+    if c.moe_from > c.n_layer:
+        yield f"moe_from {c.moe_from} must be a layer, of {c.n_layer}"
+    if c.rope_scaling is not None:
+        yield from rope_mistakes(c.rope_scaling)
+    if c.norm_type == "groupnorm":
+        full = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        for width in (c.n_embd, *{"none": (), "head": (c.head_dim,), "full": full}[c.qk_norm]):
+            if width % c.norm_groups:
+                yield f"norm_groups {c.norm_groups} does not divide the width {width} of a norm"
+
+    # A setting that nothing reads, but that is not at its default, is a misunderstanding.
+    scheme, gated = find_scheme(c.norm)
+    places = [scheme.places(c, l, is_mlp) for l in range(1, min(c.n_layer, 1000) + 1) for is_mlp in (False, True)]
+    first_layers = {scheme.n_first(types.SimpleNamespace(n_layer=100, mix_ratio=r)) for r in (0, 1) if scheme.n_first}
+    a_in_all, b_in_some, c_in_some = (f(n in p for p in places) for f, n in ((all, "A"), (any, "B"), (any, "C")))
+    has_effect = {  # setting: (whether it has one here, what it needs)
+        "mix_ratio": (len(first_layers) > 1, "a scheme whose first layers differ, such as mix"),
+        "norm_groups": (c.norm_type == "groupnorm", "norm_type=groupnorm"),
+        "dyt_alpha": (c.norm_type == "dyt", "norm_type=dyt"),
+        "layerscale_init": (c.branch_scale == "layerscale", "branch_scale=layerscale"),
+        "s_position": (scheme.s and not (c.s_position == "residual" and c_in_some), "a scheme with s, such as lns"),
+        "freeze_out_gain": (b_in_some and c.norm_affine, "gains of norms at B"),
+        "norm_affine": (c.s_position != "gain", "an s_position other than gain"),
+        "v_norm": (c.qk_norm != "none", "qk_norm=head or full"),
+        "init_variance": (c.init not in ("deepnorm", "olmo", "xavier"), "another init"),
+        "average_shared": (c.n_expert_shared, "n_expert_shared above 0"),
+        "gpas_position": (c.gpas_position != "norm" or a_in_all, "a norm at A in every layer"),
+    }
+    of_gpas = "gpas_act", "gpas_position", "gpas_stop_gradient", "gate_per", "gate_init"
+    of_experts = "n_expert_active n_expert_shared normalize_gates moe_from moe_every balance_weight z_weight".split()
+    if not gated:
+        has_effect.update(dict.fromkeys(of_gpas, (False, "a gpas_ scheme")))
+    if not c.n_expert:
+        has_effect.update(dict.fromkeys(of_experts, (False, "n_expert above 0")))
+    defaults = {f.name: f.default for f in fields(GPTConfig)} | {"gate_init": 0.0, "v_norm": False, "init_variance": None}
+    for name, (works, needed) in has_effect.items():
+        if not works and getattr(c, name) != defaults[name]:
+            yield f"{name}={getattr(c, name)} has no effect (norm is {c.norm}): it needs {needed}"
+
+
+def rope_mistakes(scaling):
+    """What is wrong with a rope_scaling, one sentence each."""
+    kind = scaling.get("rope_type")
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        yield f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}"
+        return
+    names, given = ROPE_SCALINGS[kind][0], {n: v for n, v in scaling.items() if n != "rope_type"}
+    are_numbers = all(type(v) in (int, float) and 0 < v < 1e30 for v in given.values())
+    if set(given) != set(names) or not are_numbers:
+        yield f"rope_scaling of type {kind} needs positive numbers {', '.join(names)}; got {given}"
 
 
 def doubts(config):
@@ -757,191 +1006,6 @@ def doubts(config):
         yield "s_position residual diverged in the paper (LNS Table 8: perplexity 1358)"
     if gated and config.gpas_act == "relu" and config.gate_init <= 0:
         yield f"a ReLU gate that starts at {config.gate_init} has no gradient and never moves: give a gate_init above 0"
-
-
-class GPT(nn.Module):
-    """The decoder: embedding, blocks, final norm, head.
-
-    The weights are drawn from torch's global seed, each parameter from a generator of its own that is seeded by its
-    name: models started from one seed have the same draws for the matrices that they share.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        # Drawn first: torch's own initialization of the modules below draws too, but not on the meta device.
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        if config.vocab_size < 1:
-            raise ValueError(f"vocab_size is {config.vocab_size}; it must be at least 1")
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embed_norm = Norm(config, config.n_embd) if config.embed_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layer + 1))
-        self.norm = Norm(config, config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
-        self.init_weights(seed)
-        for message in doubts(config):
-            warnings.warn(message)
-
-    @torch.no_grad()
-    def init_weights(self, seed):
-        """Draws every matrix from its own generator, on the CPU; vectors get their constant initial values, and omega
-        those of a profiling pass."""
-        c = self.config
-        for name, p in self.named_parameters():
-            if p.is_meta:
-                continue
-            if p.dim() == 1:
-                p.fill_(self.initial_value(name))
-                continue
-            matrix = name.removesuffix(".weight").rpartition(".")[2]
-            if matrix == "embed_tokens":
-                std = c.embed_std
-            elif matrix in ("lm_head", "router"):
-                std = base_std(c)
-            else:
-                std = INITS[c.init](c, matrix, int(name.split(".")[1]) + 1, p.shape)
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            p.copy_(torch.empty(p.shape, device="cpu").normal_(0, std, generator=generator))
-        if find_scheme(c.norm)[0].omega and not self.lm_head.weight.is_meta:
-            generator = torch.Generator().manual_seed(seed)
-            idx = torch.randint(c.vocab_size, (4, min(c.block_size, 256)), generator=generator, device="cpu")
-            self.profile_omega(idx.to(self.lm_head.weight.device))
-
-    def initial_value(self, name):
-        """What every element of the vector parameter `name` starts from."""
-        c, (owner, _, kind) = self.config, name.rpartition(".")
-        if kind == "gate":
-            return c.gate_init
-        if kind == "branch_scale":
-            return BRANCH_SCALES[c.branch_scale](c)[1]
-        if owner.endswith(".pre_norm") and kind == "weight" and c.s_position == "gain":
-            return self.get_submodule(owner.removesuffix(".pre_norm")).s
-        return {"weight": 1.0, "omega": 1.0, "bias": 0.0, "alpha": c.dyt_alpha}[kind]
-
-    @torch.no_grad()
-    def profile_omega(self, idx):
-        """Admin's initialization from one batch idx (B, T): omega is 1 in the first sub-layer, and then
-
-            omega_{i+1}^2 = Var[omega_i * x_i] + Var[f_i(x_i)]     accumulated over the branches so far
-
-        with the variances over all elements (Liu et al. 2020, in the form of its code's profiling pass).
-        """
-        x, omega = self.embed_norm(self.embed_tokens(idx)), 1.0
-        for block in self.blocks:
-            for residual, f in ((block.attn_residual, block.attn), (block.mlp_residual, block.mlp)):
-                residual.omega.fill_(omega)
-                omega = math.sqrt((omega * x).var(correction=0) + residual.branch(x, f).var(correction=0))
-                x = residual(x, f)
-
-    def forward(self, idx, targets=None, caches=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the loss in nats.
-
-        It is the mean cross-entropy over the targets that are not -100; in training mode the routers' losses, averaged
-        over layers and weighted, are added, and `self.losses` holds the parts. `caches`, one KVCache a block, says that
-        idx continues what they hold.
-        """
-        x = self.embed_norm(self.embed_tokens(idx))
-        for i, block in enumerate(self.blocks):
-            x = block(x, caches[i]) if caches else block(x)
-        logits = self.lm_head(self.norm(x))
-        if targets is None:
-            return logits, None
-        logits32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = F.cross_entropy(logits32.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        loss = total / (targets != -100).sum().clamp(min=1)  # 0 where every target is masked
-        self.losses = {"cross_entropy": loss.detach()}
-        moes = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
-        if self.training and moes:
-            balance = torch.stack([moe.balance_loss for moe in moes]).mean()
-            z = torch.stack([moe.z_loss for moe in moes]).mean()
-            self.losses |= {"balance": balance.detach(), "z": z.detach()}
-            loss = loss + self.config.balance_weight * balance + self.config.z_weight * z
-        return logits, loss
-
-    @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=None):
-        """Continues idx (B, T) by n sampled tokens: (B, T + n). Temperature 0 takes the likeliest token each time.
-
-        Past block_size the window of the last block_size tokens is computed anew for each token, as without a cache.
-        """
-        if idx.shape[1] < 1:
-            raise ValueError("generate needs at least one token to continue")
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature {temperature} must be at least 0 and top_k {top_k} at least 1")
-        size, caches, new = self.config.block_size, None, idx
-        for _ in range(n):
-            if idx.shape[1] > size:
-                caches, new = None, idx[:, -size:]
-            elif caches is None:
-                caches = [KVCache(size) for _ in self.blocks]
-            logits = self(new, caches=caches)[0][:, -1].float()
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                logits = logits - logits.amax(-1, keepdim=True)  # at most 0: no overflow at a low temperature
-                logits = logits / max(temperature, 1e-30)
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                new = torch.multinomial(F.softmax(logits, dim=-1), 1)
-            idx = torch.cat((idx, new), dim=1)
-        return idx
-
-    # -- what a training loop asks -------------------------------------------------------------------------------------
-
-    def gates(self):
-        """The GPAS gates, one parameter of shape (1,) a layer ((2,) with one a sub-layer); empty without gates."""
-        return [block.gate for block in self.blocks if block.gate is not None]
-
-    @torch.no_grad()
-    def set_gates(self, values):
-        """Gives layer l's gate the l-th of n_layer values (a number, or one per sub-layer); else ValueError."""
-        if len(values) != len(self.gates()):
-            raise ValueError(f"{len(values)} gate values for the {len(self.gates())} gates of norm {self.config.norm}")
-        for gate, value in zip(self.gates(), values):
-            gate.copy_(torch.as_tensor(value))
-
-    def optimizer_groups(self, weight_decay):
-        """Parameter groups for AdamW: matrices decay, vectors do not, and the gates are a group of their own.
-
-        Frozen parameters are in their groups too (they get no gradient, hence no step), so that they may thaw."""
-        gates, parameters = {id(p) for p in self.gates()}, list(self.parameters())
-        groups = {
-            "matrices": ([p for p in parameters if p.dim() >= 2], weight_decay),
-            "vectors": ([p for p in parameters if p.dim() < 2 and id(p) not in gates], 0.0),
-            "gates": (self.gates(), 0.0),
-        }
-        return [{"name": n, "params": ps, "weight_decay": decay} for n, (ps, decay) in groups.items() if ps]
-
-    def count_params(self):
-        """Parameters: `total`, `active` (those that one token meets) and `non_embedding` (without table and head)."""
-        total = sum(p.numel() for p in self.parameters())
-        vocab = sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})  # one if they are tied
-        return {"total": total, "active": total - self.count_idle(), "non_embedding": total - vocab}
-
-    def count_idle(self):
-        """Parameters of the experts that a token does not reach."""
-        E, k = self.config.n_expert, self.config.n_expert_active
-        return sum(p.numel() // E * (E - k) for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
-
-    def flops_per_token(self, T=None):
-        """Floating-point operations of one token's forward and backward pass in sequences of T tokens (block_size).
-
-        6 for each active matrix entry but the embedding table's (a look-up, unless it is the head too), and causal
-        attention as it is needed: a query meets (T + 1) / 2 keys on average, with 2 products of head_dim, 2 operations
-        each, 3 passes.
-        """
-        config, T = self.config, T or self.config.block_size
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
-        matrices -= 0 if config.tie_embeddings else self.embed_tokens.weight.numel()
-        attention = 12 * config.n_layer * config.n_head * config.head_dim * (T + 1) / 2
-        return 6 * (matrices - self.count_idle()) + attention
-
-    def mfu(self, tokens_per_s, peak_flops, T=None):
-        """Model FLOPs utilization: the share of the hardware's peak (in FLOP/s) that the model's own work reaches."""
-        return self.flops_per_token(T) * tokens_per_s / peak_flops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -984,9 +1048,11 @@ def read_checkpoint(path):
             raise ValueError(f"its {name} is a {type(checkpoint[name]).__name__}")
     if not 0 <= checkpoint["step"] < 2**63:
         raise ValueError(f"its step is {checkpoint['step']}")
+    config, weights = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+    if config.n_layer > len(weights):  # said before that many layers are built
+        raise ValueError(f"its config has {config.n_layer} layers, its model {len(weights)} weights")
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        expected = GPT(GPTConfig(**checkpoint["config"])).state_dict()
-    weights = checkpoint["model"]
+        expected = GPT(config).state_dict()
     if weights.keys() != expected.keys():
         different = sorted(map(str, weights.keys() ^ expected.keys()))
         raise ValueError(f"its weights do not fit its config: {', '.join(different[:3])}")

@@ -49,7 +49,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, run, save_whole
 
 try:
     import fcntl
@@ -1184,11 +1184,7 @@ def write_meta(folder, tokenizer, encoding, splits, more):
 
 def save_json(path, value):
     """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n"), file.flush(), os.fsync(file.fileno())
-    partial.replace(path)
+    save_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1259,6 +1255,10 @@ def prepare(settings):
     partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
     if old.exists() and not folder.exists():  # a run ended between the two renames below
         old.rename(folder)
+    inputs, source = find_inputs(settings)
+    is_bpe = settings.tokenizer.startswith("bpe:")
+    if is_bpe and any(i.path == "-" for i in inputs):
+        raise UserError("tokenizer bpe:N reads its sample first: standard input can be read once only, give a file")
     if folder.exists():
         if not settings.overwrite:
             raise UserError(f"{folder} exists; --overwrite replaces it, --dataset=NAME writes another")
@@ -1266,10 +1266,6 @@ def prepare(settings):
         strange = [p.name for p in folder.iterdir() if p.suffix not in (".bin", ".mask") and p.name not in known]
         if strange:
             raise UserError(f"{folder} is not a data set: it holds {strange[0]}; --dataset=NAME writes another")
-    inputs, source = find_inputs(settings)
-    is_bpe = settings.tokenizer.startswith("bpe:")
-    if is_bpe and any(i.path == "-" for i in inputs):
-        raise UserError("tokenizer bpe:N reads its sample first: standard input can be read once only, give a file")
     encoding = None if is_bpe else get_tokenizer(settings.tokenizer, settings.eot_token)
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -1449,6 +1445,8 @@ def write_shards(settings, inputs, source, encoding, partial):
         for is_val, (split, writer) in enumerate(zip(SPLITS, writers))
     }
     for kind, (count, places) in progress["problems"].items():
+        if kind == "empty":  # an empty file is no news: meta.json counts it
+            continue
         print(f"warning: {kind}: {count} documents, the first at {', '.join(places)}", file=sys.stderr)
     more = {"source": source, "seed": settings.seed, "problems": progress["problems"]}
     write_meta(partial, progress["tokenizer"], encoding, splits, more)

@@ -644,16 +644,12 @@ def stream_report(model, x, y, autocast):
         report["magnitude"].append(x.float().abs().mean().item())
         report["largest"].append(x.float().abs().max().item())
 
-    def note_branch(_, __, h, block, i, name):
-        residual = getattr(block, f"{name}_residual")
-        note_variance(f"{name}_variance", residual.after_out_norm(h, block.gate_scales()[i]))
-
     hooks = []
     for block in model.blocks:
         hooks.append(block.register_forward_hook(note_state))
-        for i, name in enumerate(("attn", "mlp")):
-            out_norm = getattr(block, f"{name}_residual").out_norm
-            hooks.append(out_norm.register_forward_hook(partial(note_branch, block=block, i=i, name=name)))
+        for name in ("attn", "mlp"):
+            branch_out = getattr(block, f"{name}_residual").branch_out
+            hooks.append(branch_out.register_forward_hook(lambda _, __, h, key=f"{name}_variance": note_variance(key, h)))
     model.eval()
     with torch.no_grad(), autocast():  # apart from the backward pass, in which recomputed blocks run again
         model(x)

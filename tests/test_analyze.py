@@ -111,7 +111,7 @@ def test_branches(model):
             residual(at, watched, scale)  # tells what the module gives
             close(found[f"{name}_module_variance"][l], inside[0].var(-1, correction=0).mean())
             h = residual.out_norm(inside[0])
-            if residual.gpas_position == "module" and scale is not None:
+            if residual.gate_place == "branch" and scale is not None:
                 h = h * scale
             close(found[f"{name}_variance"][l], h.var(-1, correction=0).mean())
 
@@ -650,7 +650,7 @@ def test_text_of_another_tokenizer(program, folder):
         (["out-pre", "--layers=4"], "layers 1 to 3"),
         (["out-pre", "--layers=0"], "numbers from 1"),
         (["out-pre", "--tokens=0"], "tokens is 0"),
-        (["out-pre", "--dataset=e"], "no held-out text of data set 'e'"),
+        (["out-pre", "--dataset=e"], "no data set 'e' with val shards"),
         (["out-pre", "--device=gpu"], "device 'gpu' cannot be used"),
         (["out-pre", "--block_size=100000"], "block_size 100000 is longer"),
         (["broken"], "checkpoint broken/ckpt.pt cannot be read"),

@@ -9,14 +9,20 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from model import GPT, SCHEMES, GPTConfig, Scheme, gate_scale, gpas
+from model import GPT, SCHEMES, GPTConfig, Scheme, find_scheme, gate_scale, gpas
 
 ALL = [prefix + name for name in SCHEMES for prefix in ("", "gpas_")]
 NINE = "post", "pre", "sandwich", "peri", "out", "pre_post", "deepnorm", "mix", "lns"  # of the GPAS and Peri-LN papers
 
 
 def small(norm, **kwargs):
-    return GPTConfig(**{**dict(block_size=16, vocab_size=29, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, norm_groups=4, layerscale_init=0.1, norm=norm), **kwargs})
+    given = dict(block_size=16, vocab_size=29, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, norm=norm) | kwargs
+    row = find_scheme(norm)[0]
+    if given.get("norm_type", row.norm_type) == "groupnorm":
+        given.setdefault("norm_groups", 4)
+    if given.get("branch_scale", row.branch_scale) == "layerscale":
+        given.setdefault("layerscale_init", 0.1)
+    return GPTConfig(**given)
 
 
 def randomized(config, dtype=torch.float32):
@@ -620,7 +626,8 @@ def test_norm_statistics_of_bfloat16_input_are_float32():
 def test_compiles_to_one_graph(norm):
     """As few layers as have all that the row has: two where they differ."""
     scheme = SCHEMES[norm.removeprefix("gpas_")]
-    model = randomized(small(norm, n_layer=2 if scheme.n_first or scheme.s else 1, mix_ratio=0.5))
+    mixed = dict(mix_ratio=0.5) if scheme is SCHEMES["mix"] else {}
+    model = randomized(small(norm, n_layer=2 if scheme.n_first or scheme.s else 1, **mixed))
     idx, targets = batch(model.config)
     eager = gradients(model, idx, targets)
     torch._dynamo.reset()

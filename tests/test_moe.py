@@ -334,8 +334,8 @@ def test_the_papers_models(sizes, total, active):
     "options, message",
     [
         (dict(n_expert=4, n_expert_active=5), "n_expert_active 5 must lie between 1 and n_expert 4"),
-        (dict(n_expert=4, n_expert_active=0), "n_expert_active 0"),
-        (dict(n_expert=-1), "n_expert -1"),
+        (dict(n_expert=4, n_expert_active=0), "n_expert_active is 0"),
+        (dict(n_expert=-1), "n_expert is -1"),
         (dict(n_expert=4, moe_from=9), "moe_from 9"),
         (dict(n_expert=4, balance_weight=-1.0), "balance_weight is -1.0"),
         (dict(n_expert_shared=1), "n_expert_shared=1 has no effect"),
