@@ -21,17 +21,18 @@ import math
 import os
 import platform
 import random
+import shutil
 import signal
 import sys
 import time
 import traceback
 import warnings
-import zipfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,8 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
-from configurator import UserError, configure, run
-from model import GPT, GPTConfig, find_scheme
+from configurator import COUNT, NATURAL, NOT_NEGATIVE, UserError, configure, read_log, run, save_whole
+from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ from prepare_data import TokenData
 
 @dataclass
 class Settings(GPTConfig):
-    vocab_size: int = 0  # rows of the embedding and of the head; 0: the tokenizer's vocabulary
+    vocab_size: NATURAL = 0  # rows of the embedding and of the head; 0: the tokenizer's vocabulary
     # run
     out_dir: str | None = None  # folder of the run; none: out-<norm>, or out-<norm>-finetuned for fine-tuning
     init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; or a run's folder: fine-tune its weights
@@ -60,46 +61,46 @@ class Settings(GPTConfig):
     eval_only: bool = False  # evaluate the checkpoint in out_dir and exit
     sample: str | None = None  # a prompt: continue it with the checkpoint in out_dir and exit
     dry_run: bool = False  # print size, tokens, FLOPs and memory and exit
-    gpus: int = 1  # dry_run: how many share the work
-    seed: int = 1337  # of the weights and of the order of the data
+    gpus: COUNT = 1  # dry_run: how many share the work
+    seed: NATURAL = 1337  # of the weights and of the order of the data
     # data
     dataset: str = "stdlib"  # a folder in data_dir, or a path
     data_dir: str = "data"  # where prepare_data.py puts data sets
-    batch_size: int = 2  # sequences per process and micro-step
-    gradient_accumulation_steps: int = 8  # micro-steps per step, of the whole job: the processes share them
+    batch_size: COUNT = 8  # sequences per process and micro-step
+    gradient_accumulation_steps: COUNT = 2  # micro-steps per step, of the whole job: the processes share them
     # optimization: AdamW, linear warm-up, cosine decay
-    max_iters: int = 280  # steps
-    learning_rate: float = 4e-3  # at its highest
-    min_lr: float | None = None  # at the end of the decay; none: a tenth of learning_rate
-    warmup_iters: int = 30  # steps of linear warm-up
-    lr_decay_iters: int | None = None  # step at which min_lr is reached; none: max_iters
-    weight_decay: float = 0.1  # on matrices
+    max_iters: NATURAL = 280  # steps
+    learning_rate: NOT_NEGATIVE = 4e-3  # at its highest
+    min_lr: NOT_NEGATIVE | None = None  # at the end of the decay; none: a tenth of learning_rate
+    warmup_iters: NATURAL = 30  # steps of linear warm-up
+    lr_decay_iters: NATURAL | None = None  # step at which min_lr is reached; none: max_iters
+    weight_decay: NOT_NEGATIVE = 0.1  # on matrices
     decay_vectors: bool = False  # weight decay on gains and gates too (as in Sparsity's code)
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
-    grad_clip: float = 1.0  # largest norm of the gradient of all but the gates; 0: no clipping
-    gate_clip: float = 0.0  # of all gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
+    grad_clip: NOT_NEGATIVE = 1.0  # largest norm of the gradient of all but the gates; 0: no clipping
+    gate_clip: NOT_NEGATIVE = 0.0  # of all gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
     gates: str | None = None  # fixed gates: a number, n_layer of them with commas between, or a run's folder (its)
     freeze_gates: bool | None = None  # gates stay what they are at the start; none: in fine-tuning (GPAS section 4.1)
     lisa_layers: int = 0  # LISA: train only the embedding, the head and so many layers, drawn anew; 0: all layers
-    lisa_interval: int = 20  # LISA: steps between draws
-    nan_patience: int = 3  # steps in a row with a loss or gradient that is not finite, each skipped, that end the run
+    lisa_interval: COUNT = 20  # LISA: steps between draws
+    nan_patience: COUNT = 3  # steps in a row with a loss or gradient that is not finite, each skipped, that end the run
     # evaluation and log
-    eval_interval: int = 50  # steps between evaluations, each followed by a checkpoint
-    eval_iters: int = 50  # batches of the held-out set, the same each time and for every seed
-    log_interval: int = 10  # steps between lines
-    sample_tokens: int = 200  # length of a sample
-    temperature: float = 0.8  # of a sample; 0: the likeliest token each time
-    top_k: int | None = 50  # a sample draws among the k likeliest tokens; none: among all
+    eval_interval: COUNT = 50  # steps between evaluations, each followed by a checkpoint
+    eval_iters: COUNT = 13  # batches of the held-out set, the same each time and for every seed
+    log_interval: COUNT = 10  # steps between lines
+    sample_tokens: COUNT = 200  # length of a sample
+    temperature: NOT_NEGATIVE = 0.8  # of a sample; 0: the likeliest token each time
+    top_k: COUNT | None = 50  # a sample draws among the k likeliest tokens; none: among all
     # machine
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
-    dtype: str = "auto"  # float32 (TF32 on CUDA), bfloat16 (autocast), float64; auto: bfloat16 if the processor has it
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # float32 (TF32 on CUDA), bfloat16 (autocast), float64; auto: bfloat16 if the processor has it
     compile: bool | None = None  # torch.compile the model; none: on cuda
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
     recompute: bool = False  # keep only each block's input for the backward pass and compute the block again
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # write TensorBoard files to out_dir too
-    peak_tflops: float = 0.0  # the device's dense peak, for the share that is reached (MFU); 0: as PEAK_TFLOPS knows it
+    peak_tflops: NOT_NEGATIVE = 0.0  # the device's dense peak, for the share that is reached (MFU); 0: as PEAK_TFLOPS knows it
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,29 +108,10 @@ class Settings(GPTConfig):
         self.out_dir = self.out_dir or f"out-{self.norm}" + "-finetuned" * is_tuning
         if self.freeze_gates is None:
             self.freeze_gates = is_tuning and has_gates and self.gates is None
-        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
-            raise ValueError(f"unknown dtype {self.dtype!r}; known: auto, float32, bfloat16, float64")
-        positive = (
-            "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval sample_tokens lisa_interval "
-            "nan_patience gpus"
-        )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        not_negative = (
-            "vocab_size max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip gate_clip "
-            "temperature peak_tflops seed"
-        )
-        for name in not_negative.split():
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < (2**63 if isinstance(value, int) else math.inf):
-                raise ValueError(f"{name} is {value}; it must be at least 0, and finite (a whole number under 2^63)")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be at least 0 and under 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or none")
         if self.gates is not None and self.freeze_gates:
             raise ValueError("gates are fixed values: freeze_gates adds nothing")
         for name in ("gates", "freeze_gates", "gate_clip"):
@@ -161,7 +143,7 @@ def settings_of_run(given, found):
         raise UserError("overwrite replaces a run with a new one: it does not go with resume, eval_only or sample")
     is_tuning = init_from not in ("scratch", "resume") and not is_call
     place = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
-    checkpoint = found["checkpoint"] = load_checkpoint(place)
+    checkpoint = found["checkpoint"] = open_checkpoint(place)
     if not is_tuning and given.get("gates", (was := checkpoint["settings"].get("gates"))) != was:
         raise UserError("gates are set where a run begins: they do not go with resume, eval_only or sample")
     before = dict(checkpoint["config"])
@@ -298,17 +280,15 @@ def keep_freed_memory():
 def setup_device(settings, processes):
     """(device, dtype name, autocast context factory) as the settings ask for and the machine has."""
     name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     if processes.size > 1:
         if ":" in name:
             raise UserError(f"device is {name} for all {processes.size} processes; say cuda, and each takes its own")
-        name = f"cuda:{processes.local_rank}" if name == "cuda" else name
+        if name in ("auto", "cuda") and torch.cuda.is_available():
+            name = f"cuda:{processes.local_rank}"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        device = find_device(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = settings.dtype
@@ -327,17 +307,11 @@ def setup_device(settings, processes):
 
 def find_data(settings):
     """Folder of the data set; the default one is prepared if it is missing. UserError for any other."""
-    for folder in (Path(settings.data_dir) / settings.dataset, Path(settings.dataset)):
-        if prepare_data.shard_paths(folder, "train"):
-            return folder
-        if folder.is_dir():
-            raise UserError(f"{folder} holds no train shards (train_*.bin)")
-    if settings.dataset != "stdlib":
-        source = "" if settings.dataset in prepare_data.CORPORA else "--input=PATH "
-        raise UserError(
-            f"no data set {settings.dataset!r} in {settings.data_dir}/; "
-            f"make it with: python prepare_data.py {source}--dataset={settings.dataset}"
-        )
+    try:
+        return prepare_data.find_data(settings.dataset, settings.data_dir, "train")
+    except UserError:
+        if settings.dataset != "stdlib" or (Path(settings.data_dir) / "stdlib").is_dir():
+            raise
     print("preparing the default data set, this machine's Python standard library")
     return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
 
@@ -369,23 +343,13 @@ PREVIOUS = "ckpt_previous.pt"
 
 def save_checkpoint(path, state):
     """Writes the dict `state` to `path`, whole or not at all; what was there stays beside it as PREVIOUS."""
-    partial_path, previous = path.with_name(path.name + ".partial"), path.with_name(PREVIOUS)
-    try:
-        with open(partial_path, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+
+    def write(file):
+        torch.save(state, file)
         if path.exists():
-            keep_as(path, previous)
-        os.replace(partial_path, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        partial_path.unlink(missing_ok=True)
-        cause = error
-        while cause.__context__ and not isinstance(cause, OSError):  # torch.save hides what the disk said
-            cause = cause.__context__
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise UserError(f"cannot save {path}: {reason}; what was saved before is untouched") from None
+            keep_as(path, path.with_name(PREVIOUS))
+
+    save_whole(path, write)
 
 
 def keep_as(path, previous):
@@ -393,55 +357,27 @@ def keep_as(path, previous):
     previous.unlink(missing_ok=True)
     try:
         os.link(path, previous)
-    except OSError:  # a file system without links: for a moment there is `previous` only
-        os.replace(path, previous)
+    except OSError:  # a file system without links: a copy
+        shutil.copyfile(path, previous)
 
 
-def sync_folder(folder):
-    """Names in `folder` survive a loss of power from here on."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def open_checkpoint(place):
+    """model.load_checkpoint's dict, and what else train.py reads of it is as it was written; UserError."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def load_checkpoint(place):
-    """The dict in the folder of a run, or in a .pt file, on the CPU; UserError if it is missing or damaged, with the
-    one before it if that can be had. No code in it is ever run."""
-    path = Path(place)
-    path = path if path.suffix == ".pt" else path / "ckpt.pt"
-    previous, advice = path.with_name(PREVIOUS), ""
-    if path != previous and previous.exists():
-        try:
-            advice = f"; the one before it is whole, of step {read_checkpoint(previous)['step']}: mv {previous} {path}"
-        except Exception:
-            advice = f"; {previous} cannot be read either"
-    if not path.exists():
-        raise UserError(f"no checkpoint {path}{advice or '; train one first, or name its folder'}")
+        checkpoint = load_checkpoint(place)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     try:
-        return read_checkpoint(path)
-    except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
+        sizes = checkpoint.get("shards", {})
+        if not all(isinstance(name, str) and type(size) is int for name, size in sizes.items()):
+            raise ValueError("its shards are not sizes by name")
+        if type(checkpoint.get("skipped", 0)) is not int or type(checkpoint.get("val_loss")) not in (float, type(None)):
+            raise ValueError("its skipped or its val_loss is not a number")
+        if checkpoint["tokenizer"] is not None:
+            prepare_data.build_encoding(checkpoint["tokenizer"])
+    except Exception as error:  # an edited file can hold anything
         reason = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}{advice}") from None
-
-
-def read_checkpoint(path):
-    """load_checkpoint's dict, the tensors as memory maps; any exception for a damaged file."""
-    kinds = {"model": dict, "optimizer": dict, "config": dict, "settings": dict, "step": int, "tokenizer": dict | None}
-    with zipfile.ZipFile(path) as file:
-        if damaged := file.testzip():  # torch.load does not look at the checksums
-            raise ValueError(f"its part {damaged} is not what was written")
-    with warnings.catch_warnings(action="ignore"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    strange = [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]
-    if strange:
-        raise ValueError(f"its {strange[0]} is a {type(checkpoint[strange[0]]).__name__}")
-    if not isinstance(checkpoint.get("shards", {}), dict) or checkpoint["step"] < 0:
-        raise ValueError("its shards or its step are none")
-    if checkpoint["tokenizer"] is not None:
-        prepare_data.build_encoding(checkpoint["tokenizer"])
-    GPTConfig(**checkpoint["config"])
+        raise UserError(f"checkpoint {place} cannot be read: {type(error).__name__} {reason}") from None
     return checkpoint
 
 
@@ -492,17 +428,6 @@ def load_optimizer(optimizer, saved, groups):
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
     for group, new in zip(optimizer.param_groups, groups):
         group.update({name: new[name] for name in ("weight_decay", "betas")})
-
-
-def read_log(path, last_step):
-    """The lines of a log.jsonl up to a step; a last line that was cut off by the end of its process is left out."""
-    lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    try:
-        return [line for line in lines if json.loads(line)["step"] <= last_step]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} has a line that is not a JSON object with a step; mend it or move it away") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,7 +514,7 @@ def read_gates(text, config):
         if not Path(text).exists():
             what = f"a number, {config.n_layer} numbers with commas between, or a run's folder"
             raise UserError(f"gates is {text!r}; it must be {what}") from None
-        weights = load_checkpoint(text)["model"]
+        weights = open_checkpoint(text)["model"]
     else:
         if not all(map(math.isfinite, values)):
             raise UserError(f"gates is {text!r}; gates must be finite")
@@ -605,12 +530,25 @@ def read_gates(text, config):
 # Measuring
 
 
+def count_batches(data, settings):
+    """The batches of an evaluation: eval_iters, or as many whole ones as `data` has."""
+    return max(1, min(settings.eval_iters, len(data) // settings.batch_size))
+
+
+def expected_seconds(settings, step, eval_seconds, n_passes, n_processes):
+    """How long the rest of a run will take, from its first evaluation of n_passes forward passes: a micro-step takes
+    about three of them, since the backward pass is two products for each of the forward pass."""
+    steps = settings.max_iters - step
+    micro_steps = steps * settings.gradient_accumulation_steps / n_processes
+    return 3 * micro_steps * eval_seconds / n_passes + eval_seconds * math.ceil(steps / settings.eval_interval)
+
+
 @torch.no_grad()
 def evaluate(model, data, settings, device, autocast, processes):
     """Mean loss in nats over the tokens with a target of eval_iters batches of `data`, or as many whole batches as it
     has, the same at each call. The processes share the batches."""
     model.eval()
-    n = max(1, min(settings.eval_iters, len(data) // settings.batch_size))
+    n = count_batches(data, settings)
     total = count = 0
     for i in range(processes.rank, n + -n % processes.size, processes.size):
         # Beyond the last batch it counts for nothing: sharded models need all processes in every pass.
@@ -894,11 +832,6 @@ def train(processes, stop):
         return
 
     # -- data and model
-    files = [f for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if f.exists() and f.stat().st_size]
-    if is_new and not settings.overwrite and files:
-        raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"out_dir {out_dir} is not a folder")
     if is_main:
         find_data(settings)  # one process prepares what is missing
     processes.wait()
@@ -918,6 +851,12 @@ def train(processes, stop):
         raise UserError(f"{folder} was made with tokenizer {names[0]}, {place} with {names[1]}")
     if meta and checkpoint and not tokenizer and is_main:
         print(f"warning: the run names no tokenizer: whether {folder} is of the same cannot be told", file=sys.stderr)
+
+    files = [f for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if f.exists() and f.stat().st_size]
+    if is_new and not settings.overwrite and files:
+        raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"out_dir {out_dir} is not a folder")
 
     train_data = TokenData(folder, "train", config.block_size, config.vocab_size, settings.seed)
     val_data = TokenData(folder, "val", config.block_size, config.vocab_size)  # in one order for every seed
@@ -990,9 +929,9 @@ def train(processes, stop):
     partial_log = log_path.with_suffix(".partial")
     if is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
-        kept = read_log(log_path, step) if resumed else []
-        is_evaluated = any(json.loads(line)["step"] == step and "val_loss" in json.loads(line) for line in kept)
-        partial_log.write_text("".join(kept))
+        kept = [record for record in (read_log(log_path) if resumed else []) if record["step"] <= step]
+        is_evaluated = any(record["step"] == step and "val_loss" in record for record in kept)
+        partial_log.write_text("".join(json.dumps(record) + "\n" for record in kept))
         log_file = open(partial_log, "a", buffering=1)
         if resumed:
             partial_log.replace(log_path)
@@ -1054,10 +993,15 @@ def train(processes, stop):
         if is_due:
             with timed("evaluation"):
                 check_shards(sizes)
+                before = time.monotonic()
                 val_loss = evaluate(compiled, val_data, settings, device, autocast, processes)
                 if not math.isfinite(val_loss):
                     stop_where_not_finite(f"validation loss is {val_loss} at step {step}", [report_batch])
                 text, record = describe(val_loss)
+                if step == start_step and not is_last and not use_compile:
+                    n_passes = len(range(0, count_batches(val_data, settings), processes.size))
+                    seconds = time.monotonic() - before
+                    print(f"about {clock(expected_seconds(settings, step, seconds, n_passes, processes.size))} in all")
                 print(f"step {step:5d}: {text}")
                 report = stream_report(model, *report_batch[:2], autocast) if is_main or settings.shard else {}
                 log({"step": step, **record, **report})

@@ -12,3 +12,4 @@ beta1, beta2, weight_decay = 0.9, 0.999, 0.0
 grad_clip = 1.0
 lisa_layers, lisa_interval = 2, 20
 eval_interval = 500
+eval_iters = 50

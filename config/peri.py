@@ -16,4 +16,5 @@ learning_rate, min_lr = 2e-3, 2e-4
 beta1, beta2, weight_decay, grad_clip = 0.9, 0.999, 0.033, 1.0
 init_std = embed_std = 0.02
 eval_interval = 480
+eval_iters = 50
 recompute = True

@@ -10,3 +10,4 @@ max_iters = 15 * 1000 // 128
 beta1, beta2, weight_decay = 0.9, 0.999, 0.0
 grad_clip = 1.0
 eval_interval = 8
+eval_iters = 50

@@ -13,6 +13,7 @@ beta1, beta2, grad_clip = 0.9, 0.95, 1.0
 weight_decay, decay_vectors = 0.1, True
 init_std = embed_std = 0.02
 eval_interval = 500
+eval_iters = 50
 
 
 def steps(tokens, sequences, length):

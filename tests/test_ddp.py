@@ -148,7 +148,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_resumes_to_the_bit(folde
     """With LISA, whose draws DDP must hear of."""
     assert runs[0]["stopped"]["exit"] == {0: 143, 1: 143} and runs[0]["resumed"]["exit"] == {0: 0, 1: 0}
     assert "SIGTERM: stopped at step 5" in runs[1]
-    whole, parts = (train.load_checkpoint(folder / d) for d in ("two-whole", "two-parts"))
+    whole, parts = (train.open_checkpoint(folder / d) for d in ("two-whole", "two-parts"))
     assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])
     assert losses(folder / "two-whole") == losses(folder / "two-parts")
 
@@ -162,7 +162,7 @@ def test_a_sharded_run_is_the_plain_one_and_resumes_as_such(folder, runs):  # no
     """Sharded and recomputed, with gates of shape (1,): stopped at 5, resumed in one process without sharding; and a
     plain run of 4 steps resumed with it."""
     assert runs[0]["shard"]["exit"] == {0: 143, 1: 143} and runs[0]["reshard"]["exit"] == {0: 0, 1: 0}
-    sharded = train.load_checkpoint(folder / "two-shard")
+    sharded = train.open_checkpoint(folder / "two-shard")
     assert sharded["step"] == 5 and all(type(w) is torch.Tensor for w in sharded["model"].values())
     resume = ["--out_dir=two-shard", "--init_from=resume", "--dtype=float64", "--device=cpu"]
     assert call(*resume, cwd=folder).returncode == 0

@@ -206,7 +206,7 @@ def test_exact_resume(folder, i, norm):
         assert done.returncode == 143 and f"SIGTERM: stopped at step {i % 6 + 1}" in done.stdout
     done = call(f"--out_dir={parts}", "--init_from=resume", "--dtype=float32", "--device=cpu", cwd=folder)
     assert done.returncode == 0, done.stderr
-    whole, resumed = (train.load_checkpoint(folder / d) for d in (f"whole-{norm}", parts))
+    whole, resumed = (train.open_checkpoint(folder / d) for d in (f"whole-{norm}", parts))
     assert equal(whole["model"], resumed["model"]) and equal(whole["optimizer"], resumed["optimizer"])
     assert losses(folder / f"whole-{norm}") == losses(folder / parts)
 
@@ -221,10 +221,10 @@ def test_a_signal_to_a_process(folder):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130 and "SIGINT: ends after this step" in err and len(err.splitlines()) == 1
-    step = train.load_checkpoint(folder / "signalled")["step"]
+    step = train.open_checkpoint(folder / "signalled")["step"]
     assert step >= 3 and f"SIGINT: stopped at step {step}, signalled/ckpt.pt is of step {step}" in out
     done = call("--out_dir=signalled", "--init_from=resume", f"--max_iters={step + 2}", "--device=cpu", cwd=folder)
-    assert done.returncode == 0 and train.load_checkpoint(folder / "signalled")["step"] == step + 2
+    assert done.returncode == 0 and train.open_checkpoint(folder / "signalled")["step"] == step + 2
 
 
 def in_a_child(act):
@@ -266,15 +266,16 @@ def test_kill_while_saving(tmp_path, call_name, nth):
         train.save_checkpoint(tmp_path / "ckpt.pt", third)
 
     assert os.waitstatus_to_exitcode(in_a_child(act)) == -signal.SIGKILL
-    assert train.load_checkpoint(tmp_path)["step"] == (3 if (call_name, nth) == ("fsync", 2) else 2)
+    assert train.open_checkpoint(tmp_path)["step"] == (3 if (call_name, nth) == ("fsync", 2) else 2)
     train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(4))
-    assert train.load_checkpoint(tmp_path)["step"] == 4
+    assert train.open_checkpoint(tmp_path)["step"] == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_previous.pt"]
 
 
 def checkpoint_of_step(step):
-    weights = {"w": torch.full((5_000,), float(step))}
-    return {"model": weights, "optimizer": {}, "config": {}, "settings": {}, "step": step, "tokenizer": None}
+    config = dict(n_layer=1, n_embd=32, n_head=1, vocab_size=200, block_size=8)
+    weights = {name: torch.full_like(w, float(step)) for name, w in GPT(GPTConfig(**config)).state_dict().items()}
+    return {"model": weights, "optimizer": {}, "config": config, "settings": {}, "step": step, "tokenizer": None}
 
 
 def test_a_disk_that_is_full(folder, tmp_path):
@@ -396,7 +397,7 @@ def test_a_shard_that_changes_is_named(folder, tmp_path, harm, message):
     with at_step(2, lambda: harm(data / "train_000000.bin")):
         done = call(*args, cwd=folder)
     assert done.returncode == 2 and f"shard {data}/train_000000.bin {message}" in done.stderr
-    assert train.load_checkpoint(tmp_path / "run")["step"] == 0
+    assert train.open_checkpoint(tmp_path / "run")["step"] == 0
 
 
 # -- compilation, loggers ---------------------------------------------------------------------------------------------
@@ -434,7 +435,7 @@ def test_compiled_run_equals_the_eager_one(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     eager, compiled = (read_log(tmp_path / d / "log.jsonl")[-1] for d in ("eager", "compiled"))
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-5)
-    names = [train.load_checkpoint(tmp_path / run)["model"].keys() for run in ("compiled", "eager")]
+    names = [train.open_checkpoint(tmp_path / run)["model"].keys() for run in ("compiled", "eager")]
     assert names[0] == names[1]
 
 
@@ -485,7 +486,7 @@ def test_every_token_with_a_target_weighs_the_same(folder, tmp_path):
     with mock.patch.object(train, "TokenData", Masked):
         done = call(*SMALL, *SHORT, *step, f"--out_dir={tmp_path}", cwd=folder)
         assert done.returncode == 0, done.stderr
-        config = GPTConfig(**train.load_checkpoint(tmp_path)["config"])
+        config = GPTConfig(**train.open_checkpoint(tmp_path)["config"])
         data, val = (Masked(folder / "data" / "d", split, 32, 257, seed) for split, seed in (("train", 1337), ("val", 0)))
     model = train.build_model(config, None, train.Settings(), torch.device("cpu"), "float64")
     x, y = map(torch.from_numpy, data.rows(0, 6))
@@ -513,13 +514,13 @@ def test_a_step_without_targets_is_an_error(folder, tmp_path):
 
 def test_fine_tuning(folder):
     """From a checkpoint's weights, with a schedule of its own and the gates frozen; then resumed as any run."""
-    base = train.load_checkpoint(folder / "out-gpas_pre")
+    base = train.open_checkpoint(folder / "out-gpas_pre")
     args = "--dataset=d --max_iters=4 --batch_size=4 --eval_iters=4 --log_interval=1".split()
     args += ["--dtype=bfloat16", "--device=cpu"]
     done = call("--init_from=out-gpas_pre", *args, "--learning_rate=1e-3", cwd=folder)
     assert done.returncode == 0, done.stderr
     run = folder / "out-gpas_pre-finetuned"
-    tuned, log = train.load_checkpoint(run), read_log(run / "log.jsonl")
+    tuned, log = train.open_checkpoint(run), read_log(run / "log.jsonl")
     assert log[0]["val_loss"] == read_log(folder / "out-gpas_pre" / "log.jsonl")[-1]["val_loss"]
     assert tuned["step"] == 4
     assert tuned["config"] == base["config"] and tuned["settings"]["warmup_iters"] == 30  # not the base's 2
@@ -546,14 +547,14 @@ def test_lisa(folder):
         assert call(*args, "--out_dir=lisa", cwd=folder).returncode == 143
     with at_step(3, terminate):
         assert call(*args, "--out_dir=lisa4", cwd=folder).returncode == 143
-    start, after = (train.load_checkpoint(folder / d)["model"] for d in ("lisa0", "lisa4"))
+    start, after = (train.open_checkpoint(folder / d)["model"] for d in ("lisa0", "lisa4"))
     moved = {name for name in start if not torch.equal(start[name], after[name])}
     moved = {name.split(".")[1] if name.startswith("blocks") else name for name in moved}
     assert {"embed_tokens.weight", "lm_head.weight", "norm.weight"} < moved and len(moved) == 5
     assert call("--out_dir=lisa", "--init_from=resume", "--dtype=float32", "--device=cpu", cwd=folder).returncode == 0
     assert losses(folder / "lisa") == losses(folder / "lisa8")
-    last = train.load_checkpoint(folder / "lisa8")
-    assert equal(last["model"], train.load_checkpoint(folder / "lisa")["model"])
+    last = train.open_checkpoint(folder / "lisa8")
+    assert equal(last["model"], train.open_checkpoint(folder / "lisa")["model"])
     n_moments = len(last["optimizer"]["state"])
     assert n_moments == 3 + 2 * len([n for n in start if n.startswith("blocks.0.")])  # none of what is frozen
 
