@@ -414,9 +414,9 @@ def placed_as(like, value):
     return value
 
 
-def load_optimizer(optimizer, saved, groups):
-    """Gives the optimizer the `saved` state, in portable form, with the hyperparameters of `groups`. ValueError or
-    another error of look-up if it does not fit."""
+def load_optimizer(optimizer, saved):
+    """Gives the optimizer the moments of the `saved` state, in portable form; the hyperparameters stay its own.
+    ValueError or another error of look-up if they do not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for i, moments in saved["state"].items():
@@ -425,9 +425,10 @@ def load_optimizer(optimizer, saved, groups):
                 raise ValueError(f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(params[i].shape)}")
         # `clone`, since AdamW will write into them and the file is mapped
         state[i] = {name: placed_as(params[i], v).clone() if v.dim() else v.clone() for name, v in moments.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-    for group, new in zip(optimizer.param_groups, groups):
-        group.update({name: new[name] for name in ("weight_decay", "betas")})
+    now = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in now]:
+        raise ValueError("its groups hold other parameters")
+    optimizer.load_state_dict({"state": state, "param_groups": now})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -912,7 +913,7 @@ def train(processes, stop):
     val_loss = None
     if resumed:
         try:
-            load_optimizer(optimizer, resumed["optimizer"], groups)
+            load_optimizer(optimizer, resumed["optimizer"])
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise UserError(f"the optimizer state in {out_dir}/ckpt.pt does not fit the model: {error}") from None
         step, skipped, val_loss = resumed["step"], resumed.get("skipped", 0), resumed.get("val_loss")
