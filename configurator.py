@@ -72,10 +72,12 @@ def configure(declaration, description, argv=None, positional=None, defaults=Non
     """An instance of the dataclass `declaration`, from its defaults, config files and `argv` (the command line).
 
     Fields may be int, float, str, bool, list[str], or one of them `| None`; Annotated[int, (least, greatest)] and
-    Annotated[str, {...}] (a table whose keys are the choices) or Literal["a", "b"] limit the values. `positional` names a list field that takes
-    the arguments that are neither settings nor config files. `defaults(given)` may return other defaults in view of
-    the settings that were given (a dict by name). Raises UserError for an unknown setting, a value of another type, a
-    config file that fails, and a ValueError of the dataclass itself; `--help` prints and exits.
+    Annotated[str, {...}] (a table whose keys are the choices) or Literal["a", "b"] limit the values.
+
+    `positional` names a list field that takes the arguments that are neither settings nor config files.
+    `defaults(given)` may return other defaults in view of the settings that were given (a dict by name). Raises
+    UserError for an unknown setting, a value of another type or beyond its limits, a config file that fails, and a
+    ValueError of the dataclass itself; `--help` prints and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -118,7 +120,8 @@ def configure(declaration, description, argv=None, positional=None, defaults=Non
         if name in kinds and not fits(value, kinds[name]):
             raise UserError(f"{name} expects {kind_name(kinds[name])}, got {value!r}")
         if name in kinds and not is_within(value, limits := limits_of(kinds[name])):
-            what = f"unknown {name} {value!r}; known:" if isinstance(limits[0], str) else f"{name} is {value}; it must be"
+            is_choice = isinstance(limits[0], str)
+            what = f"unknown {name} {value!r}; known:" if is_choice else f"{name} is {value}; it must be"
             raise UserError(f"{what} {limits_text(limits, value)}")
     try:
         return declaration(**values)

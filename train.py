@@ -94,13 +94,13 @@ class Settings(GPTConfig):
     top_k: COUNT | None = 50  # a sample draws among the k likeliest tokens; none: among all
     # machine
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # float32 (TF32 on CUDA), bfloat16 (autocast), float64; auto: bfloat16 if the processor has it
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # bfloat16: autocast; auto: where it is fast
     compile: bool | None = None  # torch.compile the model; none: on cuda
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
     recompute: bool = False  # keep only each block's input for the backward pass and compute the block again
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # write TensorBoard files to out_dir too
-    peak_tflops: NOT_NEGATIVE = 0.0  # the device's dense peak, for the share that is reached (MFU); 0: as PEAK_TFLOPS knows it
+    peak_tflops: NOT_NEGATIVE = 0.0  # the device's dense peak, for the share that is reached (MFU); 0: from PEAK_TFLOPS
 
     def __post_init__(self):
         super().__post_init__()
@@ -588,7 +588,8 @@ def stream_report(model, x, y, autocast):
         hooks.append(block.register_forward_hook(note_state))
         for name in ("attn", "mlp"):
             branch_out = getattr(block, f"{name}_residual").branch_out
-            hooks.append(branch_out.register_forward_hook(lambda _, __, h, key=f"{name}_variance": note_variance(key, h)))
+            note_branch = lambda _, __, h, key=f"{name}_variance": note_variance(key, h)
+            hooks.append(branch_out.register_forward_hook(note_branch))
     model.eval()
     with torch.no_grad(), autocast():  # apart from the backward pass, in which recomputed blocks run again
         model(x)

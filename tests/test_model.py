@@ -828,3 +828,22 @@ def test_a_mix_of_one_kind_warns():
 def test_config_survives_a_round_trip():
     config = small("gpas_peri")
     assert GPTConfig(**dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(norm_groups=4), dict(dyt_alpha=0.3), dict(mix_ratio=0.5), dict(layerscale_init=0.1), dict(n_expert_active=4),
+        dict(balance_weight=0.1), dict(z_weight=0.1), dict(normalize_gates=False), dict(norm="hybrid", mix_ratio=0.5),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_number_that_nothing_reads_is_a_mistake(setting):
+    name = list(setting)[-1]
+    with pytest.raises(ValueError, match=f"{name}={setting[name]} has no effect .* it needs"):
+        GPTConfig(**setting)
+
+
+def test_a_number_that_is_read_is_none():
+    GPTConfig(norm="gpas_group", norm_groups=4), GPTConfig(norm="dyt", dyt_alpha=0.3), GPTConfig(norm="mix", mix_ratio=0.5)
+    GPTConfig(norm="layerscale", layerscale_init=0.1), GPTConfig(n_expert=8, n_expert_active=4, normalize_gates=False)

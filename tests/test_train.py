@@ -753,3 +753,15 @@ def test_flat_names_layers_and_sublayers():
 
 def test_clock():
     assert [train.clock(s) for s in (5, 119, 754, 7200)] == ["5s", "119s", "12m34s", "2h00m"]
+
+
+@pytest.mark.parametrize("setting, message", [("--dataset=nope", "no data set 'nope'"), ("--n_layer=0", "n_layer is 0")])
+def test_a_wrong_setting_comes_before_the_state_of_the_folder(folder, setting, message):
+    done = call(*SMALL, *SHORT, "--norm=gpas_pre", setting, cwd=folder)
+    assert done.returncode == 2 and message in done.stderr and "holds a run" not in done.stderr
+
+
+def test_the_first_screen(folder):
+    """What is trained on what, how long it will take, and then the steps."""
+    lines = (folder / "stdout").read_text().splitlines()
+    assert lines[0].startswith("gpas_pre: 2 layers x 32") and lines[1].startswith("about ") and "step     0" in lines[2]
