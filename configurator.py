@@ -68,16 +68,19 @@ def run(main, *args):
     sys.exit(code)
 
 
-def configure(declaration, description, argv=None, positional=None, defaults=None):
-    """An instance of the dataclass `declaration`, from its defaults, config files and `argv` (the command line).
+def configure(declaration, description, argv=None, positional=None):
+    """An instance of the dataclass `declaration`, from its defaults, config files and `argv` (the command line)."""
+    return build_settings(declaration, read_settings(declaration, description, argv, positional))
 
-    Fields may be int, float, str, bool, list[str], or one of them `| None`; Annotated[int, (least, greatest)] and
-    Annotated[str, {...}] (a table whose keys are the choices) or Literal["a", "b"] limit the values.
 
-    `positional` names a list field that takes the arguments that are neither settings nor config files.
-    `defaults(given)` may return other defaults in view of the settings that were given (a dict by name). Raises
-    UserError for an unknown setting, a value of another type or beyond its limits, a config file that fails, and a
-    ValueError of the dataclass itself; `--help` prints and exits.
+def read_settings(declaration, description, argv=None, positional=None):
+    """The settings that config files and `argv` (the command line) give, a dict by name; what is not given is not in it.
+
+    Fields of the dataclass `declaration` may be int, float, str, bool, list[str], or one of them `| None`;
+    Annotated[int, (least, greatest)] and Annotated[str, {...}] (a table whose keys are the choices) or
+    Literal["a", "b"] limit the values. `positional` names a list field that takes the arguments that are neither
+    settings nor config files. UserError for an unknown setting, a value of another type, or a config file that fails;
+    `--help` prints and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -115,7 +118,13 @@ def configure(declaration, description, argv=None, positional=None, defaults=Non
                 text = args.pop(0)
             values[name] = parse(name, text, kind)
         seen.add(name)
-    values = {**(defaults(values) if defaults else {}), **values}
+    return values
+
+
+def build_settings(declaration, values):
+    """The dataclass `declaration` of `values`, a dict by name. UserError for a value of another type or beyond its
+    limits, and for a ValueError of the dataclass itself."""
+    kinds = typing.get_type_hints(declaration, include_extras=True)
     for name, value in values.items():
         if name in kinds and not fits(value, kinds[name]):
             raise UserError(f"{name} expects {kind_name(kinds[name])}, got {value!r}")

@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
-from configurator import COUNT, NATURAL, NOT_NEGATIVE, UserError, configure, read_log, run, save_whole
+from configurator import COUNT, NATURAL, NOT_NEGATIVE, UserError, build_settings, read_log, read_settings, run, save_whole
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
@@ -807,9 +807,8 @@ def main():
 
 def train(processes, stop):
     """Reads the settings and does what they ask for: plans, samples or evaluates a run, or trains one."""
-    found = {}
-    defaults = partial(settings_of_run, found=found)
-    settings = configure(Settings, "Pretrains a GPT with any placement of its norms.", defaults=defaults)
+    found, given = {}, read_settings(Settings, "Pretrains a GPT with any placement of its norms.")
+    settings = build_settings(Settings, {**settings_of_run(given, found), **given})
     if settings.dry_run:
         print(plan(settings))
         return

@@ -56,8 +56,10 @@ def test_files_and_command_line_override_in_order(tmp_path):
     assert read("--name=c", str(first)).name == "a"  # in the order given
 
 
-def test_defaults_that_depend_on_what_is_given():
-    s = read("--n_layer=3", defaults=lambda given: {"n_layer": 5, "ratio": given["n_layer"] / 4})
+def test_what_is_given_can_be_looked_at_before_the_rest_is_filled_in():
+    given = configurator.read_settings(Settings, "", ["--n_layer=3"])
+    assert given == {"n_layer": 3}
+    s = configurator.build_settings(Settings, {"n_layer": 5, "ratio": given["n_layer"] / 4, **given})
     assert (s.n_layer, s.ratio, s.name) == (3, 0.75, "pre")
 
 
@@ -152,7 +154,7 @@ def test_other_errors_are_not_hidden():
 
 def test_defaults_of_another_type_and_zero_bytes(tmp_path):
     with pytest.raises(UserError, match="n_layer expects int, got 'x'"):
-        configurator.configure(Settings, "", [], defaults=lambda given: {"n_layer": "x"})
+        configurator.build_settings(Settings, {"n_layer": "x"})
     (tmp_path / "c.py").write_text("name = 'a\\0b'")
     with pytest.raises(UserError, match="name expects str"):
         read(str(tmp_path / "c.py"))
