@@ -14,15 +14,11 @@ a norm: A before f, B after f, C after the addition (Peri-LN Figure 2).
 
 A place without a norm leaves its input as it is. s, b, alpha and omega are 1, and gpas does nothing, unless a row of
 the table or a setting says otherwise. The table is SCHEMES, the equation is the class Residual; a new placement is a
-new row.
+new row. Everything that is not a matter of place (the kind of norm, b, the initialization, GPAS's activation) is a
+setting of GPTConfig that combines with every row. The rest is a plain Llama.
 
-What is not a matter of place is a setting of GPTConfig that combines with every row: the kind of norm, a learned scale
-b, the initialization, GPAS's activation and position. The rest is a plain decoder: RMSNorm, rotary embeddings,
-grouped-query attention, SwiGLU or experts, no biases, an untied head, a final norm in every scheme.
-
-The file tells this story up to GPT.forward. After it comes what one can skip at first: generation, what a training
-loop asks, initialization, experts, the form of gpas that saves memory, longer contexts, checks of the configuration,
-saved models. Docstrings cite the papers by these names:
+The file tells this story up to GPT.forward. What follows can be skipped at first: generation, what a training loop
+asks, initialization, experts, the form of gpas that saves memory, checks, saved models. Docstrings cite the papers so:
 
     GPAS     Gradient-Preserving Activation Scaling, arXiv 2506.22049
     LNS      The Curse of Depth in Large Language Models (LayerNorm Scaling), arXiv 2502.05795
@@ -32,6 +28,7 @@ saved models. Docstrings cite the papers by these names:
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 import typing
@@ -47,7 +44,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Types with the least and the greatest value of a setting; a table means one of its rows.
+# Types of settings with their least and greatest value. Annotated[str, TABLE] is the name of a row of that table.
 COUNT = Annotated[int, (1, 2**31 - 1)]
 NATURAL = Annotated[int, (0, 2**31 - 1)]
 POSITIVE = Annotated[float, (1e-300, 1e300)]
@@ -73,6 +70,7 @@ class GPTConfig:
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
     rope_theta: POSITIVE = 10000.0  # base of the rotary embedding
     rope_scaling: dict | None = None  # longer contexts, {"rope_type": a row of ROPE_SCALINGS in model.py, its numbers}
+    head_z_weight: NOT_NEGATIVE = 0.0  # of the head's z-loss, the mean of logsumexp(logits)^2 (DCLM has 1e-4)
     # mixture of experts
     n_expert: NATURAL = 0  # experts in place of the MLP; 0: a dense MLP
     n_expert_active: COUNT = 2  # top_k: experts that a token reaches
@@ -92,6 +90,7 @@ class GPTConfig:
     dyt_alpha: FINITE = 0.5  # dyt: initial slope
     embed_norm: bool | None = None  # normalize the embedding's output
     qk_norm: Literal["none", "head", "full"] | None = None  # norm of queries and keys: per head, or over the full width
+    qk_norm_type: Annotated[str | None, NORM_TYPES] = None  # kind of that norm; none: norm_type (Peri-LN: layernorm)
     v_norm: bool | None = None  # values too, in the same way
     mix_ratio: SHARE = 0.25  # mix: share of the layers, from the first, that are Post-LN
     s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: s after the norm, on branch or residual; gain: learned
@@ -134,10 +133,7 @@ class GPTConfig:
 @dataclass(frozen=True)
 class Scheme:
     """One row: which of A, B and C carry a norm in which sub-layers, the constants that go with them, and the settings
-    of GPTConfig that the method brings along (each can be set otherwise).
-
-    l = 1..L is the layer. A constant that could have no effect is a ValueError here, where the table is built.
-    """
+    of GPTConfig that the method brings along (each can be set otherwise). l = 1..L is the layer."""
 
     norms: str  # the places that carry a norm: any of A, B, C
     mlp_norms: str | None = None  # the same for the MLP, where it differs from the attention
@@ -156,18 +152,14 @@ class Scheme:
     init: str = "normal"
 
     def __post_init__(self):
-        attention = [self.norms] + ([self.first_norms] if self.first_norms is not None else [])
-        mlp = [self.norms if self.mlp_norms is None else self.mlp_norms] + attention[1:]
-        if not all(set(places) <= set("ABC") for places in attention + mlp) or not any(attention + mlp):
-            raise ValueError(f"a scheme needs norms at A, B or C, got {attention + mlp}")
+        rows = [places for places in (self.norms, self.mlp_norms, self.first_norms) if places is not None]
+        if not set("".join(rows)) <= set("ABC") or not "".join(rows):
+            raise ValueError(f"a scheme needs norms at A, B or C, got {rows}")
         if (self.first_norms is None) != (self.n_first is None):
             raise ValueError("first_norms and n_first go together")
-        if (self.alpha or self.omega) and not all("C" in places for places in attention + mlp):
-            raise ValueError("alpha and omega scale the shortcut into C: without a norm at C they have no place")
-        if self.s and not all("A" in places for places in attention + mlp):
-            raise ValueError("s follows the norm A: without it s has no place")
-        if self.b2t and not all("C" in places for places in mlp):
-            raise ValueError("b2t adds the layer's input before the MLP's norm at C: without it b2t has no place")
+        for constant, place in (("alpha", "C"), ("omega", "C"), ("b2t", "C"), ("s", "A")):
+            if getattr(self, constant) and not all(place in places for places in rows):
+                raise ValueError(f"{constant} acts beside the norm {place}: every sub-layer needs one there")
 
     def places(self, config, l, is_mlp):
         """The places with a norm in a sub-layer of layer l."""
@@ -219,7 +211,6 @@ class Residual(nn.Module):
         h = b * B(f(s * A(x)))
         x <- C(alpha * omega * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
 
-    b is a learned scale of the branch, omega one of the shortcut (Admin); both are 1 unless asked for.
     The norms and the constants s and alpha belong to layer l = 1..L and stay with the module wherever its block is.
     """
 
@@ -230,34 +221,39 @@ class Residual(nn.Module):
         self.pre_norm = Norm(config, config.n_embd) if "A" in places else nn.Identity()
         self.out_norm = Norm(config, config.n_embd) if "B" in places else nn.Identity()
         self.post_norm = Norm(config, config.n_embd) if "C" in places else None
-        if config.freeze_out_gain and "B" in places:
-            self.out_norm.weight.requires_grad_(False)
+        self.s = scheme.s(l) if scheme.s else 1.0
         self.alpha = scheme.alpha(config.n_layer) if scheme.alpha else 1.0
         self.omega = nn.Parameter(torch.ones(config.n_embd)) if scheme.omega else None
         b = BRANCH_SCALES[config.branch_scale]
         self.branch_scale = nn.Parameter(torch.full(*b(config))) if b else None
         self.branch_out = nn.Identity()  # h passes here on its way to the addition: a hook on it sees h
-        self.s = scheme.s(l) if scheme.s else 1.0
         self.s_place, self.gate_place = S_POSITIONS[config.s_position], GPAS_POSITIONS[config.gpas_position]
         self.stop_gradient = config.gpas_stop_gradient
         # What the gate's gradient is computed from: the tensor that its neighbour keeps in memory in any case.
         self.keep = "input" if "C" in places and self.gate_place == "stream" else "output"
+        if config.freeze_out_gain and "B" in places:
+            self.out_norm.weight.requires_grad_(False)
 
     def forward(self, x, f, scale=None, bottom=None):
-        """x (B, T, n_embd); `scale` is the gate_scale for this sub-layer, shape (1,), None without gates; `bottom`, of
-        x's shape, is what b2t adds before C, None without."""
+        """x (B, T, n_embd). `scale` is 1 - act(a), shape (1,), None without gates; `bottom`, of x's shape, is what b2t
+        adds before C, None without."""
         x = self.at("before", x, scale)
         h = self.branch(x, f, scale)
         if self.post_norm is None:
             return self.at("stream", x + h, scale)
-        shortcut = times(self.omega, self.at("stream", x, scale))
-        h = h if bottom is None else h + bottom
+        shortcut = self.at("stream", x, scale)
+        if self.omega is not None:
+            shortcut = self.omega * shortcut
+        if bottom is not None:
+            h = h + bottom
         return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))  # h + alpha * shortcut
 
     def branch(self, x, f, scale=None):
-        """h, what is added to the shortcut."""
+        """h = b * B(f(s * A(x))), what is added to the shortcut."""
         h = self.out_norm(f(self.at("norm", self.pre_norm(x), scale)))
-        return self.branch_out(self.at("branch", times(self.branch_scale, h), scale))
+        if self.branch_scale is not None:
+            h = self.branch_scale * h
+        return self.branch_out(self.at("branch", h, scale))
 
     def at(self, place, x, scale):
         """x, multiplied by s and by the gate's scale where this is their place: "before" the sub-layer, after the
@@ -267,28 +263,6 @@ class Residual(nn.Module):
         if place == self.gate_place and scale is not None:
             x = gpas(x, scale, self.keep) if self.stop_gradient else scale * x  # without it: naive scaling, GPAS Eq. 12
         return x
-
-
-# Where s and the gate act. Left the papers' words, which are the settings; right the places in Residual.
-S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8; gain: no factor
-GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
-
-# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
-GPAS_ACTS = {
-    "silu": F.silu,
-    "identity": lambda a: a,
-    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
-    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
-    "tanh": torch.tanh,
-    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
-}
-
-# A learned factor b on the branch: its shape and initial value.
-BRANCH_SCALES = {
-    "none": None,
-    "skipinit": lambda c: ((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
-    "layerscale": lambda c: ((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
-}
 
 
 def gpas(x, scale, keep=None):
@@ -312,9 +286,26 @@ def gate_scale(gate, act="silu"):
     return scale + (away_from_zero - scale).detach()
 
 
-def times(factor, x):
-    """factor * x, or x without a factor."""
-    return x if factor is None else factor * x
+# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
+GPAS_ACTS = {
+    "silu": F.silu,
+    "identity": lambda a: a,
+    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
+    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
+    "tanh": torch.tanh,
+    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
+}
+
+# Where s and the gate act. Left the papers' words, which are the settings; right the places in Residual.
+S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8; gain: no factor
+GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
+
+# A learned factor b on the branch: its shape and initial value.
+BRANCH_SCALES = {
+    "none": None,
+    "skipinit": lambda c: ((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
+    "layerscale": lambda c: ((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,16 +313,16 @@ def times(factor, x):
 
 
 class Norm(nn.Module):
-    """A row of NORM_TYPES over the last dimension, with an eps and parameters of its own.
+    """A row of NORM_TYPES over the last dimension, `norm_type` or the configuration's, with parameters of its own.
 
     Statistics in at least float32. The result has the wider of x's dtype and the gain's, so float32 under autocast, and
     x's without a gain.
     """
 
-    def __init__(self, config, dim):
+    def __init__(self, config, dim, norm_type=None):
         super().__init__()
-        self.norm_type, self.eps, self.groups = config.norm_type, config.norm_eps, config.norm_groups
-        is_dyt = config.norm_type == "dyt"
+        self.norm_type, self.eps, self.groups = norm_type or config.norm_type, config.norm_eps, config.norm_groups
+        is_dyt = self.norm_type == "dyt"
         self.weight = nn.Parameter(torch.ones(dim)) if config.norm_affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if config.norm_affine and is_dyt else None
         self.alpha = nn.Parameter(torch.full((1,), config.dyt_alpha)) if is_dyt else None
@@ -343,11 +334,6 @@ class Norm(nn.Module):
         return y.to(x.dtype) if self.weight is None else y
 
 
-def group_norm(norm, x):
-    """LayerNorm of each of `groups` runs of channels of a token (Wu and He 2018), no statistics across tokens."""
-    return F.group_norm(x.reshape(-1, x.shape[-1]), norm.groups, norm.weight, None, norm.eps).view(x.shape)
-
-
 def dynamic_tanh(norm, x):
     """tanh(alpha x) * weight + bias, element by element: no statistics at all (Zhu et al. 2025)."""
     y = torch.tanh(norm.alpha * x)
@@ -357,31 +343,20 @@ def dynamic_tanh(norm, x):
 NORM_TYPES = {
     "rmsnorm": lambda n, x: F.rms_norm(x, x.shape[-1:], n.weight, n.eps),  # x / sqrt(mean(x^2) + eps) * weight
     "layernorm": lambda n, x: F.layer_norm(x, x.shape[-1:], n.weight, None, n.eps),  # the same of x - mean(x)
-    "groupnorm": group_norm,
+    # LayerNorm of each of `groups` runs of channels of a token, no statistics across tokens (Wu and He 2018)
+    "groupnorm": lambda n, x: F.group_norm(x.flatten(0, -2), n.groups, n.weight, None, n.eps).view(x.shape),
     "dyt": dynamic_tanh,
 }
 
 
-def to_matmul_dtype(x):
-    """x as autocast will cast it for the next nn.Linear, so that several of them share one copy."""
-    kind = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
-
-
-def rotary_table(start, T, head_dim, theta, like, scaling=None):
-    """Cosine and sine of the angles m * theta^(-2i / head_dim) of positions m = start ... start + T - 1, each
-    (T, head_dim / 2), in at least float32, on the device of `like`; `scaling` is GPTConfig's rope_scaling. Computed at
-    each use: it costs no more than keeping it, and a model on the meta device or in float64 needs no care."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim
-    position = torch.arange(start, start + T, device=like.device, dtype=dtype)
-    frequency = theta**-exponent
+def rotary_table(positions, head_dim, theta, scaling=None):
+    """Cosine and sine of the angles m * theta^(-2i / head_dim) of the positions m (T,), each (T, head_dim / 2).
+    `scaling` is GPTConfig's rope_scaling."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=positions.dtype) / head_dim)
     if scaling:
         numbers = {name: value for name, value in scaling.items() if name != "rope_type"}
-        frequency = ROPE_SCALINGS[scaling["rope_type"]][1](frequency, **numbers)
-    angle = torch.outer(position, frequency)
+        frequency = ROPE_SCALINGS[scaling["rope_type"]](frequency, **numbers)
+    angle = torch.outer(positions, frequency)
     return angle.cos(), angle.sin()
 
 
@@ -403,36 +378,40 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=False)
-        widths = {"none": None, "head": (self.head_dim, self.head_dim), "full": (q_width, kv_width)}[config.qk_norm]
-        self.q_norm = Norm(config, widths[0]) if widths else nn.Identity()
-        self.k_norm = Norm(config, widths[1]) if widths else nn.Identity()
-        self.v_norm = Norm(config, widths[1]) if config.v_norm else nn.Identity()
+        if config.qk_norm == "head":
+            q_width = kv_width = self.head_dim
+        has_norm, kind = config.qk_norm != "none", config.qk_norm_type
+        self.q_norm = Norm(config, q_width, kind) if has_norm else nn.Identity()
+        self.k_norm = Norm(config, kv_width, kind) if has_norm else nn.Identity()
+        self.v_norm = Norm(config, kv_width, kind) if config.v_norm else nn.Identity()
 
     def forward(self, x, cache=None):
         """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
-        B, T, _ = x.shape
+        (B, T, _), start = x.shape, cache.length if cache else 0
         x = to_matmul_dtype(x)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.qk_norm == "full":
-            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
-        q = q.view(B, T, self.n_head, self.head_dim)
-        k = k.view(B, T, self.n_kv_head, self.head_dim)
-        v = v.view(B, T, self.n_kv_head, self.head_dim)
-        if self.qk_norm == "head":
-            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
+        q = self.heads(self.q_proj(x), self.q_norm)
+        k = self.heads(self.k_proj(x), self.k_norm)
+        v = self.heads(self.v_proj(x), self.v_norm)
 
-        start = cache.length if cache else 0
-        cos, sin = rotary_table(start, T, self.head_dim, self.rope_theta, x, self.rope_scaling)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        positions = torch.arange(start, start + T, device=x.device, dtype=dtype)
+        cos, sin = rotary_table(positions, self.head_dim, self.rope_theta, self.rope_scaling)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
         if cache:
             k, v = cache.append(k, v)
-        mask = None
         if start > 0:  # new token i sees the cached ones and the new ones up to itself
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         gqa = self.n_kv_head < self.n_head
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def heads(self, x, norm):
+        """x (B, T, heads * head_dim), normalized over its full width or per head, as (B, heads, T, head_dim)."""
+        x = norm(x) if self.qk_norm == "full" else x
+        x = x.unflatten(-1, (-1, self.head_dim))
+        x = norm(x) if self.qk_norm == "head" else x
+        return x.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -455,35 +434,27 @@ class Block(nn.Module):
 
     def __init__(self, config, l):
         super().__init__()
-        scheme, gated = find_scheme(config.norm)
+        scheme, is_gated = find_scheme(config.norm)
         # One gate for both sub-layers (GPAS section 4.1), or one each.
         n_gates = {"layer": 1, "sublayer": 2}[config.gate_per]
-        self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if gated else None
+        self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if is_gated else None
         self.gpas_act, self.b2t = config.gpas_act, scheme.b2t
         self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
         self.mlp, self.mlp_residual = make_mlp(config, l), Residual(config, l, is_mlp=True)
 
-    def gate_scales(self):
-        """1 - act(a) for the attention's residual and for the MLP's, each (1,); None, None without gates."""
-        if self.gate is None:
-            return None, None
-        scale = gate_scale(self.gate, self.gpas_act)
-        return scale[:1], scale[-1:]
-
     def forward(self, x, cache=None):
         """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
-        attn_scale, mlp_scale = self.gate_scales()
+        attn_scale = mlp_scale = None
+        if self.gate is not None:
+            scale = gate_scale(self.gate, self.gpas_act)
+            attn_scale, mlp_scale = scale[:1], scale[-1:]
         bottom = x if self.b2t else None
         x = self.attn_residual(x, lambda h: self.attn(h, cache), attn_scale)
         return self.mlp_residual(x, self.mlp, mlp_scale, bottom)
 
 
 class GPT(nn.Module):
-    """The decoder: embedding, blocks, final norm, head.
-
-    The weights are drawn from torch's global seed, each parameter from a generator of its own that is seeded by its
-    name: models started from one seed have the same draws for the matrices that they share.
-    """
+    """The decoder: embedding, blocks, final norm, head. The weights are drawn from torch's global seed."""
 
     def __init__(self, config):
         super().__init__()
@@ -506,9 +477,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, caches=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the loss in nats.
 
-        It is the mean cross-entropy over the targets that are not -100; in training mode the routers' losses, averaged
-        over layers and weighted, are added, and `self.losses` holds the parts. `caches`, one KVCache a block, says that
-        idx continues what they hold.
+        It is the mean cross-entropy over the targets that are not -100; in training mode the auxiliary losses are
+        added, weighted, and `self.losses` holds the parts. `caches`, one KVCache a block, says that idx continues what
+        they hold.
         """
         x = self.embed_norm(self.embed_tokens(idx))
         for i, block in enumerate(self.blocks):
@@ -516,19 +487,14 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits, None
-        logits32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = F.cross_entropy(logits32.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        loss = total / (targets != -100).sum().clamp(min=1)  # 0 where every target is masked
+        loss = cross_entropy(logits, targets)
         self.losses = {"cross_entropy": loss.detach()}
-        moes = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
-        if self.training and moes:
-            balance = torch.stack([moe.balance_loss for moe in moes]).mean()
-            z = torch.stack([moe.z_loss for moe in moes]).mean()
-            self.losses |= {"balance": balance.detach(), "z": z.detach()}
-            loss = loss + self.config.balance_weight * balance + self.config.z_weight * z
+        for name, (weight, value) in auxiliary_losses(self, logits, targets).items() if self.training else ():
+            self.losses[name] = value.detach()
+            loss = loss + weight * value
         return logits, loss
 
-    # -- generation --------------------------------------------------------------------------------------------------
+    # -- the story ends here; generation -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None):
@@ -573,14 +539,17 @@ class GPT(nn.Module):
         for gate, value in zip(self.gates(), values):
             gate.copy_(torch.as_tensor(value))
 
-    def optimizer_groups(self, weight_decay):
-        """Parameter groups for AdamW: matrices decay, vectors do not, and the gates are a group of their own.
+    def optimizer_groups(self, weight_decay, decay_embedding=True):
+        """Parameter groups for AdamW: matrices decay (the embedding only with decay_embedding), vectors do not, and the
+        gates are a group of their own.
 
         Frozen parameters are in their groups too (they get no gradient, hence no step), so that they may thaw."""
-        gates, parameters = {id(p) for p in self.gates()}, list(self.parameters())
+        gates, embedding = {id(p) for p in self.gates()}, self.embed_tokens.weight
+        matrices = [p for p in self.parameters() if p.dim() >= 2 and (decay_embedding or p is not embedding)]
         groups = {
-            "matrices": ([p for p in parameters if p.dim() >= 2], weight_decay),
-            "vectors": ([p for p in parameters if p.dim() < 2 and id(p) not in gates], 0.0),
+            "embedding": ([] if decay_embedding else [embedding], 0.0),
+            "matrices": (matrices, weight_decay),
+            "vectors": ([p for p in self.parameters() if p.dim() < 2 and id(p) not in gates], 0.0),
             "gates": (self.gates(), 0.0),
         }
         return [{"name": n, "params": ps, "weight_decay": decay} for n, (ps, decay) in groups.items() if ps]
@@ -665,6 +634,40 @@ class GPT(nn.Module):
                 residual.omega.fill_(omega)
                 omega = math.sqrt((omega * x).var(correction=0) + residual.branch(x, f).var(correction=0))
                 x = residual(x, f)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and data types
+
+
+def cross_entropy(logits, targets):
+    """Mean over the targets (B, T) that are not -100, in nats and at least float32; 0 where there is none."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+def auxiliary_losses(model, logits, targets):
+    """{name: (weight, loss)} of what training adds to the cross-entropy: the routers' losses, averaged over layers, and
+    the head's z-loss, the mean of logsumexp(logits)^2 over the targets that are not -100."""
+    config, losses = model.config, {}
+    moes = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
+    if moes:
+        losses["balance"] = config.balance_weight, torch.stack([moe.balance_loss for moe in moes]).mean()
+        losses["z"] = config.z_weight, torch.stack([moe.z_loss for moe in moes]).mean()
+    if config.head_z_weight:
+        dtype, counts = torch.promote_types(logits.dtype, torch.float32), targets != -100
+        squares = logits.to(dtype).logsumexp(-1).square() * counts
+        losses["head_z"] = config.head_z_weight, squares.sum() / counts.sum().clamp(min=1)
+    return losses
+
+
+def to_matmul_dtype(x):
+    """x as autocast will cast it for the next nn.Linear, so that several of them share one copy."""
+    kind = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -898,14 +901,8 @@ def llama3_scaling(frequency, factor, low_freq_factor, high_freq_factor, origina
     return frequency * (share + (1 - share) / factor)
 
 
-# What becomes of the rotary frequencies (head_dim / 2,): the names of the numbers of a rope_scaling, and the function.
-ROPE_SCALINGS = {
-    "linear": (("factor",), lambda frequency, factor: frequency / factor),
-    "llama3": (
-        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        llama3_scaling,
-    ),
-}
+# What becomes of the rotary frequencies (head_dim / 2,). The other arguments are the numbers of a rope_scaling.
+ROPE_SCALINGS = {"linear": lambda frequency, factor: frequency / factor, "llama3": llama3_scaling}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -947,11 +944,12 @@ def mistakes(config):
         yield f"moe_from {c.moe_from} must be a layer, of {c.n_layer}"
     if c.rope_scaling is not None:
         yield from rope_mistakes(c.rope_scaling)
-    if c.norm_type == "groupnorm":
-        full = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        for width in (c.n_embd, *{"none": (), "head": (c.head_dim,), "full": full}[c.qk_norm]):
-            if width % c.norm_groups:
-                yield f"norm_groups {c.norm_groups} does not divide the width {width} of a norm"
+    full = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    qk_widths = {"none": (), "head": (c.head_dim,), "full": full}[c.qk_norm]
+    kinds = c.norm_type, *(c.qk_norm_type or c.norm_type for _ in qk_widths)
+    for kind, width in zip(kinds, (c.n_embd, *qk_widths)):
+        if kind == "groupnorm" and width % c.norm_groups:
+            yield f"norm_groups {c.norm_groups} does not divide the width {width} of a norm"
 
     # A setting that nothing reads, but that is not at its default, is a misunderstanding.
     scheme, gated = find_scheme(c.norm)
@@ -960,13 +958,14 @@ def mistakes(config):
     a_in_all, b_in_some, c_in_some = (f(n in p for p in places) for f, n in ((all, "A"), (any, "B"), (any, "C")))
     has_effect = {  # setting: (whether it has one here, what it needs)
         "mix_ratio": (len(first_layers) > 1, "a scheme whose first layers differ, such as mix"),
-        "norm_groups": (c.norm_type == "groupnorm", "norm_type=groupnorm"),
-        "dyt_alpha": (c.norm_type == "dyt", "norm_type=dyt"),
+        "norm_groups": ("groupnorm" in kinds, "norm_type=groupnorm"),
+        "dyt_alpha": ("dyt" in kinds, "norm_type=dyt"),
         "layerscale_init": (c.branch_scale == "layerscale", "branch_scale=layerscale"),
         "s_position": (scheme.s and not (c.s_position == "residual" and c_in_some), "a scheme with s, such as lns"),
         "freeze_out_gain": (b_in_some and c.norm_affine, "gains of norms at B"),
         "norm_affine": (c.s_position != "gain", "an s_position other than gain"),
         "v_norm": (c.qk_norm != "none", "qk_norm=head or full"),
+        "qk_norm_type": (c.qk_norm != "none", "qk_norm=head or full"),
         "init_variance": (c.init not in ("deepnorm", "olmo", "xavier"), "another init"),
         "average_shared": (c.n_expert_shared, "n_expert_shared above 0"),
         "gpas_position": (c.gpas_position != "norm" or a_in_all, "a norm at A in every layer"),
@@ -977,7 +976,7 @@ def mistakes(config):
         has_effect.update(dict.fromkeys(of_gpas, (False, "a gpas_ scheme")))
     if not c.n_expert:
         has_effect.update(dict.fromkeys(of_experts, (False, "n_expert above 0")))
-    defaults = {f.name: f.default for f in fields(GPTConfig)} | {"gate_init": 0.0, "v_norm": False, "init_variance": None}
+    defaults = {f.name: f.default for f in fields(GPTConfig)} | {"gate_init": 0.0, "v_norm": False}
     for name, (works, needed) in has_effect.items():
         if not works and getattr(c, name) != defaults[name]:
             yield f"{name}={getattr(c, name)} has no effect (norm is {c.norm}): it needs {needed}"
@@ -989,7 +988,8 @@ def rope_mistakes(scaling):
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         yield f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}"
         return
-    names, given = ROPE_SCALINGS[kind][0], {n: v for n, v in scaling.items() if n != "rope_type"}
+    names = list(inspect.signature(ROPE_SCALINGS[kind]).parameters)[1:]
+    given = {name: value for name, value in scaling.items() if name != "rope_type"}
     are_numbers = all(type(v) in (int, float) and 0 < v < 1e30 for v in given.values())
     if set(given) != set(names) or not are_numbers:
         yield f"rope_scaling of type {kind} needs positive numbers {', '.join(names)}; got {given}"
@@ -1016,23 +1016,24 @@ def load_checkpoint(place):
     """The dict that train.py saved in the folder of a run, or in a .pt file: "model", "config", "settings", "step",
     "tokenizer", "optimizer" ..., its tensors memory-mapped on the CPU. No code in it is ever run.
 
-    ValueError if it is missing, damaged or absurd, with the checkpoint before it if that one is whole.
+    ValueError if it is missing, damaged or does not fit together, with the checkpoint before it if that one is whole.
     """
     path = Path(place)
     path = path if path.suffix == ".pt" else path / "ckpt.pt"
-    previous, advice = path.with_name("ckpt_previous.pt"), ""
-    if path != previous and previous.exists():
-        try:
-            advice = f"; the one before it is whole, of step {read_checkpoint(previous)['step']}: mv {previous} {path}"
-        except Exception:
-            advice = f"; {previous} cannot be read either"
-    if not path.exists():
-        raise ValueError(f"no checkpoint {path}{advice or '; train one first, or name its folder'}")
     try:
         return read_checkpoint(path)
     except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise ValueError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}{advice}") from None
+        reason = f"checkpoint {path} cannot be read: {type(error).__name__} {(str(error).splitlines() or [''])[0]}"
+        if isinstance(error, FileNotFoundError):
+            reason = f"no checkpoint {path}; train one first, or name its folder"
+    previous = path.with_name("ckpt_previous.pt")
+    if path != previous and previous.exists():
+        try:
+            step = read_checkpoint(previous)["step"]
+            reason += f"; the one before it is whole, of step {step}: mv {previous} {path}"
+        except Exception:
+            reason += f"; {previous} cannot be read either"
+    raise ValueError(reason)
 
 
 def read_checkpoint(path):

@@ -25,14 +25,14 @@ def groupnorm(x, w, groups):
     return torch.cat(parts, -1)
 
 
-def normalize(x, P, name, c):
-    """The norm called `name` of a model with parameters P."""
-    w = P[name + ".weight"] if c.norm_affine else torch.ones(x.shape[-1], dtype=x.dtype)
-    if c.norm_type == "dyt":
+def normalize(x, P, name, c, kind=None):
+    """The norm called `name` of a model with parameters P, of the kind `kind` or that of the configuration."""
+    w, kind = P[name + ".weight"] if c.norm_affine else torch.ones(x.shape[-1], dtype=x.dtype), kind or c.norm_type
+    if kind == "dyt":
         return torch.tanh(P[name + ".alpha"] * x) * w + (P[name + ".bias"] if c.norm_affine else 0)
-    if c.norm_type == "groupnorm":
+    if kind == "groupnorm":
         return groupnorm(x, w, c.norm_groups)
-    return {"rmsnorm": rms, "layernorm": layernorm}[c.norm_type](x, w)
+    return {"rmsnorm": rms, "layernorm": layernorm}[kind](x, w)
 
 
 def rotary(x, theta=10000.0):
@@ -51,10 +51,10 @@ def attention(x, P, c):
     normed = "qkv" if c.v_norm else "qk"
     for n, heads in zip("qkv", (c.n_head, c.n_kv_head, c.n_kv_head)):
         if c.qk_norm == "full" and n in normed:
-            qkv[n] = normalize(qkv[n], P, n + "_norm", c)
+            qkv[n] = normalize(qkv[n], P, n + "_norm", c, c.qk_norm_type)
         qkv[n] = qkv[n].view(B, T, heads, D)
         if c.qk_norm == "head" and n in normed:
-            qkv[n] = normalize(qkv[n], P, n + "_norm", c)
+            qkv[n] = normalize(qkv[n], P, n + "_norm", c, c.qk_norm_type)
     q, k, v = rotary(qkv["q"]), rotary(qkv["k"]), qkv["v"]
     out = torch.zeros_like(q)
     for h in range(c.n_head):

@@ -18,7 +18,7 @@ NINE = "post", "pre", "sandwich", "peri", "out", "pre_post", "deepnorm", "mix", 
 def small(norm, **kwargs):
     given = dict(block_size=16, vocab_size=29, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, norm=norm) | kwargs
     row = find_scheme(norm)[0]
-    if given.get("norm_type", row.norm_type) == "groupnorm":
+    if "groupnorm" in (given.get("norm_type", row.norm_type), given.get("qk_norm_type")):
         given.setdefault("norm_groups", 4)
     if given.get("branch_scale", row.branch_scale) == "layerscale":
         given.setdefault("layerscale_init", 0.1)
@@ -300,6 +300,8 @@ VARIANTS = [
     dict(norm="gpas_mix", norm_type="groupnorm", branch_scale="layerscale", embed_norm=True),
     dict(norm="gpas_lns", norm_type="dyt", branch_scale="skipinit"),
     dict(norm="gpas_sandwich", branch_scale="layerscale"),
+    dict(norm="gpas_olmo2", qk_norm_type="layernorm"),
+    dict(norm="gpas_peri", qk_norm="head", v_norm=True, qk_norm_type="groupnorm"),
     dict(norm="dyt", norm_affine=False),
 ]
 
@@ -328,6 +330,19 @@ def test_each_variant_changes_something(options):
         data = batch(model.config)
         (a, _, ga), (b, _, gb) = gradients(model, *data), gradients(base, *data)
         assert distance(a, b) > 1e-3 or worst_gradient(ga, gb) > 1e-3
+
+
+def test_head_z_loss_by_hand():
+    """The mean of logsumexp^2 over the targets that count, added with its weight in training only."""
+    model = randomized(small("pre", head_z_weight=0.1), torch.float64)
+    idx, targets = batch(model.config)
+    logits, loss = model(idx, targets)
+    z = sum(logits[b, t].exp().sum().log() ** 2 for b, t in (targets != -100).nonzero()) / (targets != -100).sum()
+    plain = model.eval()(idx, targets)[1]
+    assert abs(loss - (plain + 0.1 * z)) < 1e-10 and abs(model.train()(idx, targets)[1] - loss) < 1e-12
+    assert abs(model.losses["head_z"] - z) < 1e-10 and z > 1
+    loss.backward()
+    assert (model.lm_head.weight.grad - torch.autograd.grad(model.eval()(idx, targets)[1], model.lm_head.weight)[0]).norm() > 1e-3
 
 
 def test_learned_lns_gains_start_as_the_fixed_factor():
@@ -435,6 +450,8 @@ def test_lns_with_scaled_initialization_warns():
         (dict(norm="pre", s_position="branch"), "it needs a scheme with s"),
         (dict(norm="pre", freeze_out_gain=True), "it needs gains of norms at B"),
         (dict(norm="pre", v_norm=True), "it needs qk_norm"),
+        (dict(norm="pre", qk_norm_type="layernorm"), "it needs qk_norm"),
+        (dict(norm="pre", qk_norm="head", qk_norm_type="groupnorm", norm_groups=5), "norm_groups 5 does not divide the width 8"),
         (dict(norm="olmo_init", init_variance=2.0), "it needs another init"),
         (dict(norm="lns", s_position="gain", norm_affine=False), "it needs an s_position other than gain"),
         (dict(norm="group", norm_groups=5), "norm_groups 5 does not divide the width 32"),
@@ -761,6 +778,12 @@ def test_optimizer_groups():
     ids = [id(p) for g in groups.values() for p in g["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     assert {g["name"] for g in GPT(small("pre")).optimizer_groups(0.1)} == {"matrices", "vectors"}
+    names = {id(p): n for n, p in model.named_parameters()}
+    first, *others = model.optimizer_groups(0.1, decay_embedding=False)
+    assert [names[id(p)] for p in first["params"]] == ["embed_tokens.weight"] and first["weight_decay"] == 0
+    assert sum(len(g["params"]) for g in others) + 1 == len(names) and "embed_tokens.weight" not in {
+        names[id(p)] for g in others for p in g["params"]
+    }
 
 
 def test_frozen_gates_scale_and_leave_other_gradients_alone():
