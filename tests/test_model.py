@@ -466,58 +466,6 @@ def test_flags_without_effect_are_errors(options, message):
         small(**options)
 
 
-# -- theory at initialization -------------------------------------------------------------------------------------------
-
-
-def variances(norm):
-    """Mean variance of the residual state after 0, 1, ... L layers of a wide random model."""
-    L = 16
-    config = GPTConfig(block_size=32, vocab_size=64, n_layer=L, n_head=4, n_embd=512, norm=norm, init_std=512**-0.5)
-    model, states = GPT(config), []
-    with torch.no_grad():
-        x = model.embed_norm(model.embed_tokens(torch.randint(0, 64, (4, 32))))
-        for block in model.blocks:
-            states.append(x.var(-1, correction=0).mean().item())
-            x = block(x)
-    return torch.tensor(states + [x.var(-1, correction=0).mean().item()])
-
-
-def test_variance_grows_as_theory_says():
-    """Peri-LN Eq. 4 (linear), LNS Lemma 4.1 (slower), and a norm after the add keeps it at 1."""
-    post = variances("post")[1:]
-    assert (post - 1).abs().max() < 0.1
-    for norm in ("pre", "peri"):
-        v = variances(norm)
-        step = v.diff()
-        assert v[-1] > 3 * v[0]
-        assert 0.6 < step[8:].mean() / step[:8].mean() < 1.6  # a straight line
-    step = variances("lns").diff()
-    assert step[8:].mean() < 0.35 * step[:8].mean()  # bends
-    assert variances("lns")[-1] < 0.5 * variances("pre")[-1]
-
-
-def test_naive_scaling_shrinks_the_first_gradient_and_gpas_does_not(monkeypatch):
-    """GPAS appendix B: the stream's gradient is multiplied by the product of 1 - act(a) only without the stop-gradient."""
-
-    def first_gradient():
-        model = GPT(small("gpas_pre", n_layer=8))
-        for gate in model.gates():
-            torch.nn.init.constant_(gate, 0.5)
-        x = torch.randn(1, 8, 32, requires_grad=True)
-        y = x
-        for block in model.blocks:
-            for p in block.parameters():
-                p.requires_grad_(False)
-            block.attn.o_proj.weight.zero_(), block.mlp.down_proj.weight.zero_()  # branches off: the shortcut alone
-            y = block(y)
-        return torch.autograd.grad(y.sum(), x)[0]
-
-    assert torch.equal(first_gradient(), torch.ones(1, 8, 32))
-    monkeypatch.setattr("model.gpas", lambda x, scale, keep: scale * x)
-    expected = (1 - F.silu(torch.tensor(0.5))) ** 16
-    assert torch.allclose(first_gradient(), expected.expand(1, 8, 32), rtol=1e-4)
-
-
 # -- initialization -----------------------------------------------------------------------------------------------------
 
 
