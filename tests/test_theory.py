@@ -120,33 +120,41 @@ def test_gradient_of_the_last_matrix(norm):
 # -- what Sparsity calls regulators of the variance -----------------------------------------------------------------------
 
 
-def test_the_variance_of_an_average_of_k_experts_is_one_kth():
-    """Sparsity Theorem 6, output and Jacobian: independent experts, equal router weights."""
-    output, jacobian = {}, {}
-    for k in (1, 2, 4, 8):
-        config = GPTConfig(n_embd=64, n_head=2, n_hidden=64, n_expert=8, n_expert_active=k)
-        moe = MoE(config).double().eval()
+def experts_variance(k):
+    """Variance of the output of a layer with k of 8 experts per token, and of its Jacobian's elements, over 8 draws."""
+    output, jacobian = [], []
+    for _ in range(8):
+        moe = MoE(GPTConfig(n_embd=32, n_head=2, n_hidden=64, n_expert=8, n_expert_active=k)).double().eval()
         for p in moe.parameters():
             nn.init.normal_(p, std=0.125)
         nn.init.zeros_(moe.router.weight)  # every expert's router weight is 1/8, so 1/k after normalization
         moe.router.weight.requires_grad_(False)
-        x = torch.randn(1, 256, 64).double()
-        output[k] = moe(x).var().item()
-        tokens = [torch.autograd.functional.jacobian(moe, token[None]).var() for token in x[0, :5]]
-        jacobian[k] = torch.stack(tokens).mean().item()
+        x = torch.randn(1, 512, 32).double()
+        output.append(moe(x).var())
+        jacobian += [torch.autograd.functional.jacobian(moe, token[None]).var() for token in x[0, :4]]
+    return torch.stack(output).mean().item(), torch.stack(jacobian).mean().item()
+
+
+def test_the_variance_of_an_average_of_k_experts_is_one_kth():
+    """Sparsity Theorem 6, output and Jacobian: independent experts, equal router weights."""
+    output, jacobian = experts_variance(1)
     for k in (2, 4, 8):
-        assert output[k] * k == pytest.approx(output[1], rel=0.25)
-        assert jacobian[k] * k == pytest.approx(jacobian[1], rel=0.25)
+        output_k, jacobian_k = experts_variance(k)
+        assert output_k * k == pytest.approx(output, rel=0.25)
+        assert jacobian_k * k == pytest.approx(jacobian, rel=0.3)
 
 
 def attention_variance(T, **heads):
-    """Variance of the last position's attention output in a layer of random weights, over 256 sequences of T random
-    tokens. Small queries make the attention uniform, as the theorems assume."""
-    attention = Attention(GPTConfig(block_size=T, n_embd=64, n_head=8, **heads)).double()
-    for name, p in attention.named_parameters():
-        nn.init.normal_(p, std=1e-3 if name.startswith("q_proj") else 0.125)
-    with torch.no_grad():
-        return attention(torch.randn(256, T, 64).double())[:, -1].var().item()
+    """Variance of the last position's attention output, over 64 sequences of T random tokens and 8 draws of a layer's
+    weights. Small queries make the attention uniform, as the theorems assume."""
+    variance = 0
+    for _ in range(8):
+        attention = Attention(GPTConfig(block_size=T, n_embd=64, n_head=8, **heads)).double()
+        for name, p in attention.named_parameters():
+            nn.init.normal_(p, std=1e-3 if name.startswith("q_proj") else 0.125)
+        with torch.no_grad():
+            variance += attention(torch.randn(64, T, 64).double())[:, -1].var().item() / 8
+    return variance
 
 
 def test_attention_over_T_tokens_averages_their_values():
