@@ -153,6 +153,17 @@ def test_fine_tuning_takes_the_stated_epochs():
     assert (settings.lisa_layers, settings.lisa_interval) == (4, 3)
 
 
+def test_numbers_of_published_code():
+    """DCLM's 411m_1x for Peri-LN; Sparsity's script decays no norms, and where its YAML files name no eps it is 1e-5."""
+    s, _ = read("peri_400m")
+    assert (s.beta2, s.grad_clip, s.min_lr / s.learning_rate, s.head_z_weight) == (0.95, 1.0, 0.01, 1e-4)
+    assert not read("sparsity_depth")[0].decay_vectors and read("sparsity_depth")[0].norm_eps == 1e-6
+    for command in ("sparsity_dense_400m", "sparsity_moe_2b", "sparsity_moe_7b", "sparsity_recipe_moe"):
+        assert read(command)[0].norm_eps == 1e-5
+    s, _ = read("gpas_130m")
+    assert (s.beta2, s.weight_decay, s.grad_clip, s.min_lr) == (0.999, 0.0, 0.0, None)
+
+
 def test_a_dry_run_from_any_folder(tmp_path):
     """GPAS 7B over 8 GPUs. By hand: 6,738,415,648 parameters of 16 bytes, an eighth each; 6 FLOPs for each matrix entry
     but the table's, and 12 * 4096 * 257 / 2 for the attention of each of 32 layers."""
