@@ -9,15 +9,14 @@
 
     python train.py config/small.py --batch_size=4 --compile
 
-A config file is Python that assigns settings by name (`batch_size = 4`); it runs in a namespace of its own, and names
-that begin with an underscore, imported modules and functions are its own affair. Later files and arguments override
-earlier ones. `--help` prints the declaration: each setting with its type, default and comment.
+A config file is Python that assigns settings by name (`batch_size = 4`). It runs in a namespace of its own; its names
+that begin with an underscore, imported modules and functions are ignored. Later files and arguments override earlier
+ones. `--help` prints the declaration: each setting with its type, default, limits and comment.
 """
 
 import dataclasses
 import difflib
 import inspect
-import io
 import json
 import math
 import os
@@ -26,7 +25,6 @@ import runpy
 import sys
 import textwrap
 import time
-import tokenize
 import types
 import typing
 from pathlib import Path
@@ -47,11 +45,12 @@ class UserError(Exception):
 
 
 def run(main, *args):
-    """Runs a program's main(*args); a UserError, or an OSError or lack of memory that nothing below explained, ends it
+    """Runs a program's main(*args). A UserError, or an OSError or lack of memory that nothing below explained, ends it
     with one line on standard error and exit code 2, Ctrl-C with one line and 130."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
         main(*args)
+        return
     except UserError as error:
         message, code = str(error), 2
     except OSError as error:
@@ -62,10 +61,12 @@ def run(main, *args):
         message, code = f"not enough memory: {error}", 2
     except KeyboardInterrupt:
         message, code = "interrupted; what was saved before is untouched", 130
-    else:
-        return
     print("error: " + " ".join(message.splitlines()), file=sys.stderr)
     sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading settings
 
 
 def configure(declaration, description, argv=None, positional=None):
@@ -74,151 +75,78 @@ def configure(declaration, description, argv=None, positional=None):
 
 
 def read_settings(declaration, description, argv=None, positional=None):
-    """The settings that config files and `argv` (the command line) give, a dict by name; what is not given is not in it.
+    """The settings that config files and `argv` (the command line) give: a dict by name, without those not given.
 
-    Fields of the dataclass `declaration` may be int, float, str, bool, list[str], or one of them `| None`;
-    Annotated[int, (least, greatest)] and Annotated[str, {...}] (a table whose keys are the choices) or
-    Literal["a", "b"] limit the values. `positional` names a list field that takes the arguments that are neither
-    settings nor config files. UserError for an unknown setting, a value of another type, or a config file that fails;
-    `--help` prints and exits.
+    Fields of the dataclass `declaration` may be int, float, str, bool, list[str], or one of them `| None`.
+    Annotated[int, (least, greatest)], Annotated[str, {...}] (a table whose keys are the choices) and Literal["a", "b"]
+    limit the values. `positional` names a list field that takes the arguments that are neither settings nor config
+    files. UserError for an unknown setting, a value of another type, or a config file that fails; `--help` prints and
+    exits.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in args or "-h" in args:
         print(help_text(declaration, description, positional))
         sys.exit(0)
-    hints = typing.get_type_hints(declaration, include_extras=True)
-    kinds = {f.name: hints[f.name] for f in dataclasses.fields(declaration)}
-    values, seen = {}, set()
-    args = list(argv)
+    values, lists = {}, {}  # lists: those that the command line gives, so that it can add to them
     while args:
         arg = args.pop(0)
-        if not arg.startswith("--"):
-            if arg.endswith(".py"):
-                values.update(read_config_file(arg, kinds))
-            elif positional:
-                values.setdefault(positional, []).append(arg)
-            else:
-                raise UserError(f"unexpected argument {arg!r}; settings are --name=value, config files end in .py")
+        if arg.endswith(".py") and not arg.startswith("--"):
+            values.update(read_config_file(declaration, arg))
             continue
-        name, has_value, text = arg[2:].partition("=")
-        kind = kind_of(name, kinds, "setting --")
-        if is_list(kind):
-            texts = [text] if has_value else []
-            while not has_value and args and not args[0].startswith("--"):
-                texts.append(args.pop(0))
-            if not texts:
-                raise UserError(f"--{name} expects {kind_name(kind)}, got nothing")
-            values[name] = (values[name] if name in seen else []) + texts
+        if arg.startswith("--"):
+            name, has_value, text = arg[2:].partition("=")
+            kind = kind_of(declaration, name, "setting --")
+            texts = [text] if has_value else take_values(args, kind)
+        elif positional:
+            name, kind, texts = positional, list[str], [arg]
         else:
-            if not has_value and bool in options(kind):
-                text = args.pop(0) if args and args[0].lower() in TRUE + FALSE else "true"
-            elif not has_value:
-                if not args or args[0].startswith("--"):
-                    raise UserError(f"--{name} expects {kind_name(kind)}, got nothing")
-                text = args.pop(0)
-            values[name] = parse(name, text, kind)
-        seen.add(name)
+            raise UserError(f"unexpected argument {arg!r}; settings are --name=value, config files end in .py")
+        if not texts:
+            raise UserError(f"--{name} expects {kind_name(kind)}, got nothing")
+        if kind == list[str]:
+            lists[name] = lists.get(name, []) + texts
+            values[name] = lists[name]
+        else:
+            values[name] = parse(declaration, name, texts[0])
     return values
 
 
-def build_settings(declaration, values):
-    """The dataclass `declaration` of `values`, a dict by name. UserError for a value of another type or beyond its
-    limits, and for a ValueError of the dataclass itself."""
-    kinds = typing.get_type_hints(declaration, include_extras=True)
-    for name, value in values.items():
-        if name in kinds and not fits(value, kinds[name]):
-            raise UserError(f"{name} expects {kind_name(kinds[name])}, got {value!r}")
-        if name in kinds and not is_within(value, limits := limits_of(kinds[name])):
-            is_choice = isinstance(limits[0], str)
-            what = f"unknown {name} {value!r}; known:" if is_choice else f"{name} is {value}; it must be"
-            raise UserError(f"{what} {limits_text(limits, value)}")
+def take_values(args, kind):
+    """Removes from the front of `args` the values of a setting that has no "=": several for a list, one for others.
+
+    A switch may stand alone, which means true, also before an argument that is not its value.
+    """
+    plain, _ = types_and_limits(kind)
+    if bool in plain and not (args and args[0].lower() in TRUE + FALSE):
+        return ["true"]
+    texts = []
+    while args and not args[0].startswith("--") and (kind == list[str] or not texts):
+        texts.append(args.pop(0))
+    return texts
+
+
+def parse(declaration, name, text):
+    """`text` as a value of the setting `name`. UserError if there is no such setting, or if it has another type."""
+    kind = kind_of(declaration, name, "setting --")
+    plain, _ = types_and_limits(kind)
+    if str in plain:  # "none" too is a text
+        return text
+    if type(None) in plain and text.lower() == "none":
+        return None
+    if bool in plain and text.lower() in TRUE + FALSE:
+        return text.lower() in TRUE
     try:
-        return declaration(**values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(str(error)) from None
-
-
-def kind_of(name, kinds, what):
-    """The declared type of setting `name`; UserError with the nearest names if there is none."""
-    if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists them"
-        raise UserError(f"unknown {what}{name}{hint}")
-    return kinds[name]
-
-
-def options(kind):
-    """The plain types that a declared type allows: the members of a union, without their limits."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return tuple(option for member in typing.get_args(kind) for option in options(member))
-    if typing.get_origin(kind) is Annotated:
-        return options(typing.get_args(kind)[0])
-    return (str,) if typing.get_origin(kind) is Literal else (kind,)
-
-
-def limits_of(kind):
-    """(least, greatest) or the names of the choices that a declared type has, None without."""
-    for member in (kind, *typing.get_args(kind)):  # of `X | None`, X
-        if typing.get_origin(member) is Annotated:
-            return tuple(member.__metadata__[0])
-        if typing.get_origin(member) is Literal:
-            return typing.get_args(member)
-
-
-def is_within(value, limits):
-    """Whether a value keeps to its limits; None, which leaves the choice to the program, does."""
-    if value is None or limits is None:
-        return True
-    return value in limits if isinstance(limits[0], str) else limits[0] <= value <= limits[1]
-
-
-def limits_text(limits, value=0):
-    """The limits for a reader; an upper one that is out of reach is left out, unless `value` is beyond it."""
-    if isinstance(limits[0], str):
-        return ", ".join(limits)
-    least, greatest = limits
-    return f"at least {least}" + (f" and at most {greatest}" if greatest < 2**31 - 1 or value > greatest else "")
-
-
-def fits(value, kind):
-    """Whether a value is of the declared type; a text with a zero byte is none, since no file can be named so."""
-    if isinstance(value, list) and is_list(kind):
-        return all(type(v) is str and "\0" not in v for v in value)
-    is_number = type(value) is int and float in options(kind) and abs(value) < 2**53
-    return (is_number or type(value) in options(kind)) and not (type(value) is str and "\0" in value)
-
-
-def is_list(kind):
-    return any(typing.get_origin(k) is list for k in options(kind))
-
-
-def kind_name(kind):
-    """A declared type for a reader. On the command line a str cannot be none: its text could be a value."""
-    names = {type(None): "none", list[str]: "one or more str"}
-    kinds = [k for k in options(kind) if k is not type(None) or str not in options(kind)]
-    return " or ".join(names.get(k, getattr(k, "__name__", str(k))) for k in kinds)
-
-
-def parse(name, text, kind):
-    """`text` from the command line as a value of type `kind`; UserError names the type expected."""
-    for k in options(kind):
-        try:
-            if k is type(None) and text.lower() == "none" and str not in options(kind):
-                return None
-            if k is bool and text.lower() in TRUE + FALSE:
-                return text.lower() in TRUE
-            if k is int:
-                return int(text)
-            if k is float and not math.isnan(float(text)):
-                return float(text)
-            if k is str:
-                return text
-        except ValueError:
-            continue
+        if int in plain:
+            is_exponential = "e" in text and float(text).is_integer()  # 5e9
+            return int(float(text)) if is_exponential else int(text)
+        if float in plain and not math.isnan(float(text)):
+            return float(text)
+    except ValueError:
+        pass
     raise UserError(f"--{name} expects {kind_name(kind)}, got {text!r}")
 
 
-def read_config_file(path, kinds):
+def read_config_file(declaration, path):
     """The settings that the Python file `path` assigns; UserError for one that is unknown or of another type."""
     try:
         names = runpy.run_path(path)
@@ -228,52 +156,120 @@ def read_config_file(path, kinds):
         raise UserError(f"config file {path}: {type(error).__name__}: {error}") from None
     values = {}
     for name, value in names.items():
-        if name.startswith("_") or (name not in kinds and (isinstance(value, types.ModuleType) or callable(value))):
+        is_helper = isinstance(value, types.ModuleType) or callable(value)
+        if name.startswith("_") or (is_helper and name not in declaration.__dataclass_fields__):
             continue
-        kind = kind_of(name, kinds, f"setting in {path}: ")
+        kind = kind_of(declaration, name, f"setting in {path}: ")
         if not fits(value, kind):
             raise UserError(f"config file {path}: {name} expects {kind_name(kind)}, got {value!r}")
         values[name] = value
     return values
 
 
-def comments(declaration):
-    """{field: its comment} and {field: the heading before it}, from the source of the dataclass and of its bases."""
-    texts, headings = {}, {}
-    for cls in reversed([c for c in declaration.__mro__ if dataclasses.is_dataclass(c)]):
-        source = textwrap.dedent(inspect.getsource(cls))
-        fields = [f.name for f in dataclasses.fields(cls)]
-        heading = name = None
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.string == "def":  # what follows are not fields
-                break
-            before = token.line[: token.start[1]]
-            if token.type == tokenize.NAME and token.start[1] == 4 and token.string in fields:
-                name = token.string
-                if heading:
-                    headings[name], heading = heading, None
-            elif token.type == tokenize.COMMENT and before.strip() and name:
-                texts[name] = token.string.lstrip("# ")
-            elif token.type == tokenize.COMMENT and token.start[1] == 4:
-                heading = token.string.lstrip("# ")
-    return texts, headings
+def build_settings(declaration, values):
+    """The dataclass `declaration` of `values`, a dict by name. UserError for a value of another type or beyond its
+    limits, and for a ValueError of the dataclass itself."""
+    for name, value in values.items():
+        kind = kind_of(declaration, name)
+        if not fits(value, kind):
+            raise UserError(f"{name} expects {kind_name(kind)}, got {value!r}")
+        _, limits = types_and_limits(kind)
+        if limits is None or value is None:
+            continue
+        if isinstance(limits[0], str):
+            if value not in limits:
+                raise UserError(f"unknown {name} {value!r}; known: {', '.join(limits)}")
+        elif not limits[0] <= value <= limits[1]:
+            raise UserError(f"{name} is {value}; it must be at least {limits[0]} and at most {limits[1]}")
+    try:
+        return declaration(**values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(str(error)) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Declared types
+
+
+def kind_of(declaration, name, what="setting "):
+    """The declared type of the setting `name`; UserError with the nearest names if there is none."""
+    kinds = typing.get_type_hints(declaration, include_extras=True)
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists them"
+        raise UserError(f"unknown {what}{name}{hint}")
+    return kinds[name]
+
+
+def types_and_limits(kind):
+    """The plain types that a declared type allows, and its limits: (least, greatest), the choices, or None.
+
+    COUNT | None: [int, NoneType], (1, 2147483647).  Literal["a", "b"]: [str], ("a", "b").
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return [str], parts
+    if origin is Annotated:
+        return types_and_limits(parts[0])[0], tuple(parts[1])
+    if origin not in (typing.Union, types.UnionType):
+        return [kind], None
+    plain, limits = [], None
+    for part in parts:
+        its_types, its_limits = types_and_limits(part)
+        plain += its_types
+        limits = limits or its_limits
+    return plain, limits
+
+
+def fits(value, kind):
+    """Whether a value is of the declared type. An int is a float too; a text with a zero byte cannot name a file."""
+    plain, _ = types_and_limits(kind)
+    if isinstance(value, list) and list[str] in plain:
+        return all(fits(text, str) for text in value)
+    if type(value) is int and float in plain:
+        return abs(value) < 2**53
+    return type(value) in plain and not (type(value) is str and "\0" in value)
+
+
+def kind_name(kind):
+    """A declared type for a reader. On the command line a str cannot be none: "none" could be its text."""
+    plain, _ = types_and_limits(kind)
+    if str in plain:
+        return "str"
+    names = {type(None): "none", list[str]: "one or more str"}
+    return " or ".join(names.get(one, getattr(one, "__name__", "")) for one in plain)
 
 
 def help_text(declaration, description, positional=None):
-    """The declaration for a reader: every setting with its type, default and comment."""
-    hints, (texts, headings) = typing.get_type_hints(declaration, include_extras=True), comments(declaration)
+    """The declaration for a reader: every setting under its heading, with its type, default, limits and comment."""
+    headings, comments = {}, {}  # by the name of the setting that they stand at
+    for cls in reversed([c for c in declaration.__mro__ if dataclasses.is_dataclass(c)]):
+        heading = None
+        for line in inspect.getsource(cls).partition("    def ")[0].splitlines():
+            name = line.strip().partition(":")[0]
+            if line.startswith("    # "):
+                heading = line.strip("# ")
+            elif name in declaration.__dataclass_fields__:
+                comments[name] = line.partition("  # ")[2]
+                if heading:
+                    headings[name], heading = heading, None
     program, paths = Path(sys.argv[0]).name, " [PATH ...]" if positional else ""
     lines = [description, "", f"usage: python {program} [config.py ...] [--name=value ...]{paths}"]
     for field in dataclasses.fields(declaration):
-        if field.name in headings:
-            lines += ["", headings[field.name]]
-        default = field.default
+        name, kind, default = field.name, kind_of(declaration, field.name), field.default
+        if name in headings:
+            lines += ["", headings[name]]
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        limits = limits_of(hints[field.name])
-        accepted = f"; {limits_text(limits)}" if limits else ""
-        head = f"  --{field.name} ({kind_name(hints[field.name])}, {default}{accepted})"
-        lines += textwrap.wrap(f"{head}  {texts.get(field.name, '')}", 110, subsequent_indent=" " * 8)
+        _, limits = types_and_limits(kind)
+        if limits is None:
+            accepted = ""
+        elif isinstance(limits[0], str):
+            accepted = f"; {', '.join(limits)}"
+        else:
+            accepted = f"; at least {limits[0]}" + f" and at most {limits[1]}" * (limits[1] < 2**31 - 1)
+        head = f"  --{name} ({kind_name(kind)}, {default}{accepted})"
+        lines += textwrap.wrap(f"{head}  {comments.get(name, '')}", 110, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 

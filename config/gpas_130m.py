@@ -1,7 +1,7 @@
-"""GPAS Table 1, 130M. C4 with T5's tokenizer; offline: --dataset=stdlib --vocab_size=0."""
+"""GPAS Table 1, 130M."""
 
 from config.gpas import *
 
 n_layer, n_embd, n_hidden, n_head = 12, 768, 2048, 12
-learning_rate, min_lr = 1e-3, 1e-4
+learning_rate = 1e-3
 warmup_iters, max_iters = 2000, 20_000

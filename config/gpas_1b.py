@@ -1,7 +1,7 @@
-"""GPAS Table 1, 1B. C4 with T5's tokenizer; offline: --dataset=stdlib --vocab_size=0."""
+"""GPAS Table 1, 1B."""
 
 from config.gpas import *
 
 n_layer, n_embd, n_hidden, n_head = 24, 2048, 5461, 32
-learning_rate, min_lr = 5e-4, 5e-5
+learning_rate = 5e-4
 warmup_iters, max_iters = 10_000, 100_000

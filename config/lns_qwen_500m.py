@@ -1,9 +1,11 @@
-"""LNS section 5.3.2, Qwen2.5-0.5B on 6B tokens: --norm=lns against --norm=pre. The shape is that of the released model
-(its config.json). Neither data, batch nor schedule are stated: those of LNS's 1B here, with Qwen's tokenizer
-(--tokenizer=PATH/tokenizer.json of the release); offline: --dataset=stdlib --vocab_size=0."""
+"""LNS section 5.3.2, Qwen2.5-0.5B on 6B tokens. The shape is that of the released model (its config.json), the
+tokenizer Qwen's (--tokenizer=PATH/tokenizer.json of the release). Data, batch and schedule are not stated: here they
+are those of LNS's 1B."""
 
-from config.lns_1b import *
+from config.gpas import *
+from config.lns import *
 
 n_layer, n_embd, n_hidden, n_head, n_kv_head = 24, 896, 4864, 14, 2
 vocab_size, tie_embeddings, qkv_bias, rope_theta = 151_936, True, True, 1e6
-max_iters = 6_000_000_000 // (512 * block_size)
+learning_rate, warmup_iters = 5e-4, 1000
+max_tokens = 6_000_000_000

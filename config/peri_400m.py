@@ -1,4 +1,4 @@
-"""Peri-LN Table 4, 400M without embedding and head. DCLM with cl100k_base; offline: --dataset=stdlib --vocab_size=0."""
+"""Peri-LN Table 4, 400M without embedding and head."""
 
 from config.peri import *
 

@@ -1,6 +1,7 @@
 """configurator.py: what a user may type, and what a mistake is answered with."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import pytest
 
@@ -44,11 +45,14 @@ def test_command_line_forms():
     assert read("--ratio", "-1").ratio == -1
     assert read("--input", "a", "b", "--flag", "--input=c").input == ["a", "b", "c"]
     assert read("--name=none").name == read("--title=none").title == "none"
+    assert read("--n_layer=5e9").n_layer == 5_000_000_000 == read("--n_layer=5_000_000_000").n_layer
 
 
 def test_files_and_command_line_override_in_order(tmp_path):
     first, second = tmp_path / "a.py", tmp_path / "b.py"
-    first.write_text("import math\n_depth = 3\nn_layer = 2 * _depth\nratio = 1\nname = 'a'\ninput = ['x']\ndef helper(): pass\n")
+    first.write_text(
+        "import math\n_depth = 3\nn_layer = 2 * _depth\nratio = 1\nname = 'a'\ninput = ['x']\ndef helper(): pass\n"
+    )
     second.write_text("name = 'b'\n")
     s = read(str(first), "--n_head=2", str(second))
     assert (s.n_layer, s.ratio, s.name, s.n_head, s.input) == (6, 1.0, "b", 2, ["x"])
@@ -63,8 +67,44 @@ def test_what_is_given_can_be_looked_at_before_the_rest_is_filled_in():
     assert (s.n_layer, s.ratio, s.name) == (3, 0.75, "pre")
 
 
+def test_one_text_as_the_value_of_one_setting():
+    assert [configurator.parse(Settings, "n_head", text) for text in ("1", "2e3", "none")] == [1, 2000, None]
+    assert configurator.parse(Settings, "name", "1") == "1" and configurator.parse(Settings, "ratio", "1") == 1.0
+    for name, text in (("n_layer", "1,2"), ("n_layer", "1e999"), ("flag", "2"), ("ratio", "none"), ("n_layr", "1")):
+        with pytest.raises(UserError, match=f"--{name}"):
+            configurator.parse(Settings, name, text)
+
+
 def test_positional_arguments():
     assert read("out-a", "--flag", "out-b", positional="input").input == ["out-a", "out-b"]
+
+
+def test_a_list_grows_on_the_command_line_and_replaces_that_of_a_file(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("input = ['x']")
+    assert read(str(path), "--input=a", "--input", "b", "c").input == ["a", "b", "c"]
+    assert read("--input=a", str(path)).input == ["x"]
+
+
+def test_limits(tmp_path):
+    @dataclass
+    class Limited:
+        n: configurator.COUNT | None = None
+        share: configurator.SHARE = 0.5
+        kind: Literal["a", "b"] = "a"
+        row: Annotated[str | None, {"c": 0, "d": 1}] = None
+
+    s = configure(Limited, "", ["--n=3", "--share=1", "--kind=b", "--row=d"])
+    assert s == Limited(3, 1.0, "b", "d")
+    for text, message in {
+        "--n=0": "n is 0; it must be at least 1 and at most 2147483647",
+        "--share=1.5": "share is 1.5; it must be at least 0 and at most 1",
+        "--kind=c": "unknown kind 'c'; known: a, b",
+        "--row=a": "unknown row 'a'; known: c, d",
+    }.items():
+        with pytest.raises(UserError) as error:
+            configure(Limited, "", [text])
+        assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
