@@ -446,7 +446,7 @@ class Block(nn.Module):
         """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
         attn_scale = mlp_scale = None
         if self.gate is not None:
-            scale = gate_scale(self.gate, self.gpas_act)
+            scale = gate_scale(self.gate, self.gpas_act).to(self.attn.o_proj.weight.dtype)  # gates may be float32 alone
             attn_scale, mlp_scale = scale[:1], scale[-1:]
         bottom = x if self.b2t else None
         x = self.attn_residual(x, lambda h: self.attn(h, cache), attn_scale)

@@ -12,6 +12,9 @@
 
 A run is a folder: ckpt.pt (weights, optimizer, architecture, tokenizer), ckpt_previous.pt (the one before) and
 log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=resume goes on to the bit.
+
+The file begins with the settings and the training, `train`, whose loop is its last part. The pieces that it calls
+follow: what a run continues, data, the model, the optimizer, measuring, the run's folder, faults, processes, planning.
 """
 
 import ctypes
@@ -32,7 +35,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -43,12 +46,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
-from configurator import COUNT, NATURAL, NOT_NEGATIVE, UserError, build_settings, read_log, read_settings, run, save_whole
+from configurator import (
+    COUNT,
+    NATURAL,
+    NOT_NEGATIVE,
+    UserError,
+    build_settings,
+    read_log,
+    read_settings,
+    run,
+    save_whole,
+)
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# Each takes the parameter groups and the settings.
+OPTIMIZERS = {
+    "adamw": lambda groups, s: torch.optim.AdamW(groups, s.learning_rate, betas=(s.beta1, s.beta2), fused=True),
+    "adam": lambda groups, s: torch.optim.Adam(groups, s.learning_rate, betas=(s.beta1, s.beta2), fused=True),
+    "sgd": lambda groups, s: torch.optim.SGD(groups, s.learning_rate),  # Peri-LN appendix I
+}
 
 
 @dataclass
@@ -68,16 +85,19 @@ class Settings(GPTConfig):
     data_dir: str = "data"  # where prepare_data.py puts data sets
     batch_size: COUNT = 8  # sequences per process and micro-step
     gradient_accumulation_steps: COUNT = 2  # micro-steps per step, of the whole job: the processes share them
-    # optimization: AdamW, linear warm-up, cosine decay
-    max_iters: NATURAL = 280  # steps
+    # optimization: linear warm-up, cosine decay
+    max_iters: NATURAL | None = None  # steps; none: as many as max_tokens holds, 280 without it
+    max_tokens: NATURAL | None = None  # length of the run in tokens, where max_iters is not given
+    optimizer: Annotated[str, OPTIMIZERS] = "adamw"  # a row of OPTIMIZERS in train.py
     learning_rate: NOT_NEGATIVE = 4e-3  # at its highest
     min_lr: NOT_NEGATIVE | None = None  # at the end of the decay; none: a tenth of learning_rate
     warmup_iters: NATURAL = 30  # steps of linear warm-up
     lr_decay_iters: NATURAL | None = None  # step at which min_lr is reached; none: max_iters
     weight_decay: NOT_NEGATIVE = 0.1  # on matrices
-    decay_vectors: bool = False  # weight decay on gains and gates too (as in Sparsity's code)
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    decay_embedding: bool = True  # on the embedding too; false: as in Sparsity's training script
+    decay_vectors: bool = False  # on gains and gates too
+    beta1: float = 0.9  # of Adam and AdamW
+    beta2: float = 0.95  # of Adam and AdamW
     grad_clip: NOT_NEGATIVE = 1.0  # largest norm of the gradient of all but the gates; 0: no clipping
     gate_clip: NOT_NEGATIVE = 0.0  # of all gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
     gates: str | None = None  # fixed gates: a number, n_layer of them with commas between, or a run's folder (its)
@@ -88,13 +108,20 @@ class Settings(GPTConfig):
     # evaluation and log
     eval_interval: COUNT = 50  # steps between evaluations, each followed by a checkpoint
     eval_iters: COUNT = 13  # batches of the held-out set, the same each time and for every seed
+    last_eval_iters: NATURAL | None = (
+        None  # batches of the last evaluation; none: eval_iters; 0: the whole held-out set
+    )
     log_interval: COUNT = 10  # steps between lines
+    keep_every: NATURAL = 0  # steps between checkpoints that stay, as ckpt_<step>.pt; 0: the last two stay
     sample_tokens: COUNT = 200  # length of a sample
     temperature: NOT_NEGATIVE = 0.8  # of a sample; 0: the likeliest token each time
     top_k: COUNT | None = 50  # a sample draws among the k likeliest tokens; none: among all
     # machine
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # bfloat16: autocast; auto: where it is fast
+    dtype: Literal["auto", "float32", "bfloat16", "bfloat16_pure", "float64"] = (
+        "auto"  # bfloat16: autocast; _pure: weights too
+    )
+    float32_gates: bool = False  # bfloat16_pure: the gates' weights stay float32, so that small steps move them
     compile: bool | None = None  # torch.compile the model; none: on cuda
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
     recompute: bool = False  # keep only each block's input for the backward pass and compute the block again
@@ -106,6 +133,9 @@ class Settings(GPTConfig):
         super().__post_init__()
         is_tuning, has_gates = self.init_from not in ("scratch", "resume"), find_scheme(self.norm)[1]
         self.out_dir = self.out_dir or f"out-{self.norm}" + "-finetuned" * is_tuning
+        if self.max_iters is None:
+            tokens = self.batch_size * self.gradient_accumulation_steps * self.block_size
+            self.max_iters = 280 if self.max_tokens is None else max(1, round(self.max_tokens / tokens))
         if self.freeze_gates is None:
             self.freeze_gates = is_tuning and has_gates and self.gates is None
         if self.min_lr is not None and self.min_lr > self.learning_rate:
@@ -114,9 +144,11 @@ class Settings(GPTConfig):
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be at least 0 and under 1")
         if self.gates is not None and self.freeze_gates:
             raise ValueError("gates are fixed values: freeze_gates adds nothing")
-        for name in ("gates", "freeze_gates", "gate_clip"):
+        for name in ("gates", "freeze_gates", "gate_clip", "float32_gates"):
             if getattr(self, name) and not has_gates:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect: norm {self.norm} has no gates")
+        if self.float32_gates and self.dtype != "bfloat16_pure":
+            raise ValueError(f"float32_gates has no effect with dtype={self.dtype}: it needs dtype=bfloat16_pure")
         if not 0 <= self.lisa_layers <= self.n_layer:
             raise ValueError(f"lisa_layers is {self.lisa_layers}; the model has {self.n_layer} layers")
         for name in ("compile", "shard"):
@@ -124,241 +156,242 @@ class Settings(GPTConfig):
                 raise ValueError(f"lisa_layers changes what is trained as it runs: it does not go with {name}")
 
 
-# What belongs to one call and not to the run.
-PER_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus device dtype compile shard recompute".split()
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
 
 
-def settings_of_run(given, found):
-    """Defaults {name: value} of what is not `given`: where a run is continued, evaluated or sampled, its own settings;
-    where it is fine-tuned, its architecture; {} for a new run.
+def main():
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    processes = find_processes()
+    with errors_told_once(processes), StopRequest(is_main=processes.rank == 0) as stop:
+        given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.")
+        of_run, checkpoint = settings_of_run(given)  # both empty for a new run
+        settings = build_settings(Settings, {**of_run, **given})
+        if settings.dry_run:
+            print(plan(settings))
+            return
+        setup = set_up(settings, processes)
+        if settings.sample is not None:
+            sample_run(checkpoint, setup)
+            return
+        data = open_data(checkpoint, setup)
+        if settings.eval_only:
+            evaluate_run(checkpoint, data, setup)
+            return
+        changes = {name: (of_run[name], now) for name, now in given.items() if of_run.get(name, now) != now}
+        train(checkpoint, changes, data, setup, stop)
 
-    Puts into the dict `found` the run's "checkpoint" and, as "changed", {name: (before, now)} of the training settings
-    that are given otherwise. UserError if what is given contradicts its architecture.
+
+def train(checkpoint, changes, data, setup, stop):
+    """Trains a new model, or goes on from a checkpoint: its run if settings.init_from is "resume", else its weights.
+
+    `changes` are the settings that are given otherwise than the run had them, {name: (before, now)}.
+    """
+    settings, processes, autocast = setup.settings, setup.processes, setup.autocast
+    resumed = checkpoint if settings.init_from == "resume" else None
+    folder = RunFolder(resumed, setup)
+    model = build_model(data.config, checkpoint and checkpoint["model"], setup)
+    set_gates(model, settings, is_new=resumed is None)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    print(describe_model(model, data, setup))
+    optimizer = build_optimizer(model, resumed, setup)
+    gates = [g for g in model.gates() if g.requires_grad]
+    others = [p for group in optimizer.param_groups if group["name"] != "gates" for p in group["params"]]
+    compiled = torch.compile(model) if setup.use_compile and not settings.shard else model
+    net = exchange_gradients(compiled, setup)  # what the steps call; the evaluation calls `compiled`
+
+    start_step = step = resumed["step"] if resumed else 0
+    skipped, val_loss = (resumed.get("skipped", 0), resumed.get("val_loss")) if resumed else (0, None)
+    folder.begin_log(resumed, changes)
+    times, meter = Times(), RateMeter(model, setup, start_step)
+    report, report_batch = {}, get_batch(data.val, 0, min(8, len(data.val)), setup.device)
+
+    def save():
+        with times("checkpoints"):
+            folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped)
+
+    def evaluate_and_save():
+        nonlocal val_loss, report
+        with times("evaluation"):
+            check_shards(data.sizes)
+            is_last = step >= settings.max_iters and settings.last_eval_iters is not None
+            n_batches, begin = settings.last_eval_iters if is_last else settings.eval_iters, time.monotonic()
+            val_loss = evaluate(compiled, data.val, setup, n_batches)
+            if not math.isfinite(val_loss):
+                folder.end_where_not_finite(f"validation loss is {val_loss} at step {step}", model, [report_batch])
+            if step == start_step and step < settings.max_iters and not setup.use_compile:
+                seconds = expected_seconds(
+                    setup, step, time.monotonic() - begin, count_batches(data.val, setup, n_batches)
+                )
+                print(f"about {clock(seconds)} in all")
+            text, record = describe_loss(val_loss, data)
+            print(f"step {step:5d}: {text}")
+            if processes.rank == 0 or settings.shard:
+                report = stream_report(model, *report_batch[:2], autocast)
+            folder.log({"step": step, **record, **report})
+        save()
+
+    # -- the loop
+    stop.listen(settings.out_dir)
+    model.train()
+    is_stopping, batches = False, read_step(data, step, setup)
+    if is_due(step, settings) and not folder.is_evaluated:
+        evaluate_and_save()
+    while step < settings.max_iters and not is_stopping:
+        lr = learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if settings.lisa_layers and (step == start_step or step % settings.lisa_interval == 0):
+            draw_layers(model, optimizer, step, settings, trained)
+            net = exchange_gradients(compiled, setup)
+
+        with times("compilation" if setup.use_compile and step == start_step else "steps"):
+            # The mean over all tokens of the step that have a target, wherever they are: each micro-batch counts by its
+            # number of them. DDP and FSDP divide the sum of gradients by the number of processes, hence the factor.
+            n_targets, loss = count_targets(batches, step, processes), 0
+            for i, (x, y, n) in enumerate(batches):
+                with gradients_stay_here(net, is_last=i == len(batches) - 1):
+                    with autocast():
+                        part = net(x, y)[1] * (n * processes.size / n_targets)
+                    part.backward()
+                loss = loss + part.detach() / processes.size
+            last_batches, batches = batches, read_step(data, step + 1, setup)  # while CUDA computes
+            layer_norms = gradient_norms(model) if (step + 1) % settings.log_interval == 0 else None
+            grad_norm, gate_norm = clip(others, settings.grad_clip), clip(gates, settings.gate_clip)
+            loss, n_stops = processes.sum(loss.item(), stop.number > 0)
+            is_finite = math.isfinite(loss + grad_norm + gate_norm)
+            if is_finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step, skipped, is_stopping = step + 1, 0 if is_finite else skipped + 1, n_stops > 0
+
+        if not is_finite:
+            what = f"loss is {loss}, gradient norm {grad_norm} at step {step}, lr {lr:.2e}"
+            if skipped >= settings.nan_patience:
+                folder.end_where_not_finite(f"{what}, {skipped} such steps in a row", model, last_batches)
+            print(f"step {step:5d}: {what}: skipped")
+            folder.log({"step": step, "skipped": skipped, "lr": lr})
+        elif step % settings.log_interval == 0:
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_grad_norms": layer_norms}
+            record |= {"gate_grad_norm": gate_norm} if gates else {}
+            folder.log(record | auxiliary_losses(model) | meter.read(record, times))
+        if setup.use_compile and step == start_step + 1:
+            print(f"the first step took {clock(times.spent['compilation'])}, with compilation")
+        if is_due(step, settings):
+            evaluate_and_save()
+        elif (
+            is_stopping or is_kept(step, settings)
+        ) and not skipped:  # after skips the checkpoint from before them stays
+            save()
+
+    processes.wait()  # for the checkpoint
+    if is_stopping and step < settings.max_iters:
+        end_by_signal(stop, step, folder)
+    print(f"done in {times}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
+    if report:
+        print(picture(report))
+    if data.tokenizer and (processes.rank == 0 or settings.shard):
+        print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
+
+
+def describe_model(model, data, setup):
+    count, config = model.count_params(), data.config
+    n = setup.processes.size
+    device = f"{n} x {setup.device.type}" if n > 1 else setup.device
+    return (
+        f"{config.norm}: {config.n_layer} layers x {config.n_embd}, {count['total']:,} parameters "
+        f"({count['active']:,} active, {count['non_embedding']:,} without embedding and head), "
+        f"{setup.dtype} on {device}, {len(data.train):,} windows of {config.block_size} tokens in {data.folder}"
+    )
+
+
+def describe_loss(loss, data):
+    """A held-out loss in nats as a part of a line, and as fields of the log."""
+    record = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    text = f"validation loss {loss:.4f}, perplexity {record['perplexity']:.2f}"
+    if data.bits_per_nat:
+        record["bits_per_byte"] = loss * data.bits_per_nat
+        text += f", {record['bits_per_byte']:.4f} bits per byte"
+    return text, record
+
+
+def learning_rate(step, settings):
+    """Linear warm-up to learning_rate, cosine decay to min_lr at lr_decay_iters, min_lr from there on."""
+    if step < settings.warmup_iters:
+        return settings.learning_rate * (step + 1) / settings.warmup_iters
+    end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
+    share = (step - settings.warmup_iters) / max(1, end - settings.warmup_iters)
+    low = settings.learning_rate / 10 if settings.min_lr is None else settings.min_lr
+    return low + (settings.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def is_due(step, settings):
+    """Whether an evaluation follows a step: every eval_interval, and at the end."""
+    return step % settings.eval_interval == 0 or step >= settings.max_iters
+
+
+def count_targets(batches, step, processes):
+    """The targets of a step in all processes; UserError for a step without any, which has no loss."""
+    n_targets = processes.sum(sum(n for *_, n in batches))[0]
+    if not n_targets:
+        raise UserError(f"no token of step {step} has a target: its examples are prompts, or cut before the answer")
+    return n_targets
+
+
+def clip(parameters, largest):
+    """The norm of their joint gradient, which is scaled down to `largest` where it is above; 0: not at all."""
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf)).item() if parameters else 0.0
+
+
+def gradient_norms(model):
+    """Norm of the gradient of each layer's parameters, a list; what is frozen has none."""
+    grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in model.blocks]
+    return [whole(torch.nn.utils.get_total_norm(of_layer)).item() for of_layer in grads]
+
+
+def auxiliary_losses(model):
+    """{name_loss: number} of what training adds to the cross-entropy, of this process's last micro-batch."""
+    return {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run that is continued, evaluated, sampled or fine-tuned
+
+# Settings of one call, which a run that is continued does not hand on.
+OF_ONE_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus device dtype compile shard recompute".split()
+
+
+def settings_of_run(given):
+    """({name: value}, checkpoint): the settings that an earlier run hands on to what is `given`, all but those of one
+    call, or its architecture alone for fine-tuning. ({}, None) for a new run.
+
+    UserError if what is given contradicts the architecture.
     """
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
     if init_from == "scratch" and not is_call:
-        return {}
+        return {}, None
     if given.get("overwrite") and (is_call or init_from == "resume"):
         raise UserError("overwrite replaces a run with a new one: it does not go with resume, eval_only or sample")
     is_tuning = init_from not in ("scratch", "resume") and not is_call
-    place = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
-    checkpoint = found["checkpoint"] = open_checkpoint(place)
-    if not is_tuning and given.get("gates", (was := checkpoint["settings"].get("gates"))) != was:
-        raise UserError("gates are set where a run begins: they do not go with resume, eval_only or sample")
-    before = dict(checkpoint["config"])
+    folder = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
+    checkpoint = open_checkpoint(folder)
+    of_run = dict(checkpoint["config"])
     if not is_tuning:
-        known = Settings.__dataclass_fields__.keys() - PER_CALL
-        of_run = {n: v for n, v in checkpoint["settings"].items() if n in known}
-        before = {**of_run, **before, "out_dir": place}
-    other = {n: v for n, v in given.items() if n in before and v != before[n]}
-    # no weight depends on the length
-    fixed = [n for n in checkpoint["config"] if n in other and not (is_tuning and n == "block_size")]
-    if fixed:
-        wrong = ", ".join(f"{n} {before[n]} (given {given[n]})" for n in fixed)
-        raise UserError(f"{place} is a model of {wrong}")
-    found["changed"] = {n: (before[n], v) for n, v in other.items()}
-    return before
-
-
-# Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Setup
-
-
-@dataclass
-class Processes:
-    """The processes of the job: this one alone, or those that torchrun started."""
-
-    rank: int = 0  # the one of rank 0 speaks and writes
-    local_rank: int = 0  # among those of this machine: the number of its GPU
-    size: int = 1
-    store: dist.Store | None = None  # what they share before they are connected
-    device: torch.device = torch.device("cpu")
-
-    def connect(self, device):
-        """From here on they exchange tensors: by nccl between GPUs, by gloo between CPUs."""
-        self.device, is_cuda = device, device.type == "cuda"
-        if self.size > 1:
-            place = {"store": self.store, "rank": self.rank, "world_size": self.size}
-            dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None, **place)
-
-    def sum(self, *values):
-        """The sum over the processes of each of some numbers, in float64."""
-        if self.size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def first(self, value):
-        """The `value` of the first process in which it is not None."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return next((v for v in values if v is not None), None)
-
-    def wait(self):
-        """Returns when all have come here."""
-        self.sum(0)
-
-
-def find_processes():
-    """Processes, as the environment that torchrun sets describes them. Only rank 0 prints."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Processes()
-    store, rank, size = next(iter(dist.rendezvous("env://")))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-        warnings.simplefilter("ignore")
-    return Processes(rank, int(os.environ["LOCAL_RANK"]), size, store)
-
-
-@contextmanager
-def one_voice(processes):
-    """Under torchrun the process that fails first says why; the others, which fail for want of it, follow silently."""
-    try:
-        yield
-    except BaseException as error:
-        # What DDP made must be gone before the connection is: in the other order the last reference to the connection
-        # goes with it, and waits for a thread that waits for Python.
-        traceback.clear_frames(error.__traceback__)
-        if processes.size > 1 and isinstance(error, Exception):
-            if processes.store.add("has spoken", 1) > 1:
-                sys.exit(2)
-            if isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-                raise UserError(
-                    "a process of this job has ended without a word (killed, or out of memory?); "
-                    "what was saved is untouched, --init_from=resume goes on from there"
-                ) from None
-        raise
-    finally:
-        gc.collect()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-class StopRequest:
-    """SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a second one ends the
-    process at once. So it is from `listen` to the end of the context."""
-
-    def __init__(self, speaks):
-        self.speaks, self.number, self.before = speaks, 0, {}
-
-    def listen(self, out_dir):
-        self.out_dir = out_dir
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number, frame):
-        # os.write, since a signal may arrive in the middle of a print
-        if self.number:
-            os.write(2, f"stopped at once; {self.out_dir}/ckpt.pt is the last that was saved\n".encode())
-            os._exit(128 + number)
-        self.number = number
-        if self.speaks:
-            os.write(2, f"{signal.Signals(number).name}: ends after this step; once more ends at once\n".encode())
-
-
-def keep_freed_memory():
-    """Under glibc, keeps freed activations with the process (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): on the CPU,
-    fetching fresh pages from the system for each of them costs about a sixth of a step."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, (1 << 31) - 1)
-
-
-def setup_device(settings, processes):
-    """(device, dtype name, autocast context factory) as the settings ask for and the machine has."""
-    name = settings.device
-    if processes.size > 1:
-        if ":" in name:
-            raise UserError(f"device is {name} for all {processes.size} processes; say cuda, and each takes its own")
-        if name in ("auto", "cuda") and torch.cuda.is_available():
-            name = f"cuda:{processes.local_rank}"
-    try:
-        device = find_device(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = settings.dtype
-    if dtype == "auto":
-        asks = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
-        dtype = "bfloat16" if asks and asks() else "float32"
-    torch.backends.cuda.matmul.allow_tf32 = True
-    if device.type == "cpu":
-        keep_freed_memory()
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-
-    return device, dtype, autocast
-
-
-def find_data(settings):
-    """Folder of the data set; the default one is prepared if it is missing. UserError for any other."""
-    try:
-        return prepare_data.find_data(settings.dataset, settings.data_dir, "train")
-    except UserError:
-        if settings.dataset != "stdlib" or (Path(settings.data_dir) / "stdlib").is_dir():
-            raise
-    print("preparing the default data set, this machine's Python standard library")
-    return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
-
-
-def shard_sizes(*data):
-    """{path: bytes} of the shards behind some TokenData."""
-    return {path: os.path.getsize(path) for part in data for path in part.paths}
-
-
-def check_shards(sizes):
-    """UserError for a shard that has disappeared or changed size: reading its memory map past its end would kill."""
-    for path, size in sizes.items():
-        try:
-            now = os.path.getsize(path)
-        except OSError as error:
-            raise UserError(f"shard {path} has gone ({error.strerror}): {GO_ON}") from None
-        if now != size:
-            raise UserError(f"shard {path} has {now} bytes, {size} before: {GO_ON}")
-
-
-GO_ON = "put it back, and --init_from=resume goes on from the last checkpoint"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-PREVIOUS = "ckpt_previous.pt"
-
-
-def save_checkpoint(path, state):
-    """Writes the dict `state` to `path`, whole or not at all; what was there stays beside it as PREVIOUS."""
-
-    def write(file):
-        torch.save(state, file)
-        if path.exists():
-            keep_as(path, path.with_name(PREVIOUS))
-
-    save_whole(path, write)
-
-
-def keep_as(path, previous):
-    """Gives the file `path` the second name `previous`, so that it is at no moment without its own."""
-    previous.unlink(missing_ok=True)
-    try:
-        os.link(path, previous)
-    except OSError:  # a file system without links: a copy
-        shutil.copyfile(path, previous)
+        handed_on = Settings.__dataclass_fields__.keys() - OF_ONE_CALL
+        of_run = {n: v for n, v in checkpoint["settings"].items() if n in handed_on} | of_run | {"out_dir": folder}
+        for name in ("gates", "optimizer"):
+            if name in given and given[name] != of_run.get(name, Settings.__dataclass_fields__[name].default):
+                raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
+        if "max_tokens" in given and "max_iters" not in given:
+            of_run.pop("max_iters", None)
+    differ = [n for n in checkpoint["config"] if n in given and given[n] != of_run[n]]
+    if is_tuning:  # no weight depends on the length
+        differ = [n for n in differ if n != "block_size"]
+    if differ:
+        wrong = ", ".join(f"{n} {of_run[n]} (given {given[n]})" for n in differ)
+        raise UserError(f"{folder} is a model of {wrong}")
+    return of_run, checkpoint
 
 
 def open_checkpoint(place):
@@ -376,71 +409,201 @@ def open_checkpoint(place):
         if checkpoint["tokenizer"] is not None:
             prepare_data.build_encoding(checkpoint["tokenizer"])
     except Exception as error:  # an edited file can hold anything
-        reason = str(error).splitlines()[0] if str(error) else ""
+        reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"checkpoint {place} cannot be read: {type(error).__name__} {reason}") from None
     return checkpoint
 
 
-def portable(tree, rank):
-    """Nested dicts and lists with every sharded tensor whole and on the CPU: one form, however many processes trained.
-
-    All processes take part; only that of rank 0 keeps the tensors."""
-    if isinstance(tree, dict):
-        return {key: portable(value, rank) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [portable(value, rank) for value in tree]
-    if is_sharded(tree):
-        tensor = tree.full_tensor()
-        return tensor.cpu() if rank == 0 else None
-    return tree
+def evaluate_run(checkpoint, data, setup):
+    """--eval_only"""
+    model = build_model(data.config, checkpoint["model"], setup)
+    loss = evaluate(model, data.val, setup, setup.settings.eval_iters)
+    if not math.isfinite(loss):
+        raise UserError(f"the validation loss of {setup.settings.out_dir}/ckpt.pt is {loss}")
+    print(f"step {checkpoint['step']}: {describe_loss(loss, data)[0]}")
 
 
-def is_sharded(tensor):
-    """Whether it is a DTensor (their import takes a second: it is for those who shard)."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor):
-    """A sharded tensor in one piece; any other as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def placed_as(like, value):
-    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
-    if is_sharded(like):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value
-
-
-def load_optimizer(optimizer, saved):
-    """Gives the optimizer the moments of the `saved` state, in portable form; the hyperparameters stay its own.
-    ValueError or another error of look-up if they do not fit."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {}
-    for i, moments in saved["state"].items():
-        for name, value in moments.items():
-            if value.dim() and value.shape != params[i].shape:
-                raise ValueError(f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(params[i].shape)}")
-        # `clone`, since AdamW will write into them and the file is mapped
-        state[i] = {name: placed_as(params[i], v).clone() if v.dim() else v.clone() for name, v in moments.items()}
-    now = optimizer.state_dict()["param_groups"]
-    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in now]:
-        raise ValueError("its groups hold other parameters")
-    optimizer.load_state_dict({"state": state, "param_groups": now})
+def sample_run(checkpoint, setup):
+    """--sample"""
+    if not checkpoint["tokenizer"]:
+        raise UserError(f"the data of {setup.settings.out_dir} named no tokenizer: its tokens have no text")
+    model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], setup)
+    print(write_sample(model, checkpoint["tokenizer"], setup.settings.sample, setup))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model
+# The machine
 
 
-def build_model(config, weights, settings, device, dtype, use_compile=False):
+@dataclass
+class Setup:
+    """What every piece of a run needs."""
+
+    settings: Settings
+    processes: "Processes"
+    device: torch.device
+    dtype: str
+
+    @property
+    def use_compile(self):
+        asked, can = self.settings.compile, self.device.type == "cuda" and not self.settings.lisa_layers
+        return can if asked is None else asked
+
+    def autocast(self):
+        """The context in which a model computes."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+
+
+def set_up(settings, processes):
+    """The Setup that the settings ask for and the machine has; from here on the processes are connected."""
+    if settings.gradient_accumulation_steps % processes.size:
+        raise UserError(f"{cannot_share(settings, processes.size)} processes")
+    if settings.shard and processes.size == 1:
+        raise UserError("shard spreads a model over processes, this is one: torchrun --nproc_per_node=N train.py ...")
+    name = settings.device
+    if processes.size > 1:
+        if ":" in name:
+            raise UserError(f"device is {name} for all {processes.size} processes; say cuda, and each takes its own")
+        if name in ("auto", "cuda") and torch.cuda.is_available():
+            name = f"cuda:{processes.local_rank}"
+    try:
+        device = find_device(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    dtype = settings.dtype
+    if dtype == "auto":
+        is_fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
+        dtype = "bfloat16" if is_fast and is_fast() else "float32"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    processes.connect(device)
+    torch.manual_seed(settings.seed)
+    return Setup(settings, processes, device, dtype)
+
+
+def keep_freed_memory():
+    """Under glibc, keeps freed activations with the process (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): on the CPU,
+    fetching fresh pages from the system for each of them costs about a sixth of a step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, (1 << 31) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass
+class Data:
+    """A data set as a run uses it."""
+
+    folder: Path
+    train: TokenData
+    val: TokenData  # in one order for every seed
+    config: GPTConfig  # the model's, with this data set's vocabulary
+    tokenizer: dict | None  # prepare_data.tokenizer_state; None if it is not known
+    bits_per_nat: float | None  # bits per byte of the text for each nat of loss; None if the bytes are not known
+    sizes: dict  # {path: bytes} of the shards
+
+
+def open_data(checkpoint, setup):
+    """The Data of a run; the default data set is prepared if it is missing. UserError for what does not fit."""
+    settings, is_new = setup.settings, setup.settings.init_from != "resume" and not setup.settings.eval_only
+    if setup.processes.rank == 0:
+        find_data(settings)  # one process prepares what is missing
+    setup.processes.wait()
+    folder = find_data(settings)
+    meta = prepare_data.read_meta(folder)
+    tokenizer = checkpoint["tokenizer"] if checkpoint else meta.get("tokenizer")
+    architecture = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
+    architecture["vocab_size"] = settings.vocab_size or meta.get("vocab_size", 0)
+    if not architecture["vocab_size"]:
+        raise UserError(f"{folder} has no meta.json: say its vocabulary with --vocab_size=N (50257 for GPT-2's)")
+    config = GPTConfig(**architecture)
+    if config.vocab_size < meta.get("vocab_size", 0):
+        raise UserError(f"vocab_size {config.vocab_size} is smaller than the {meta['vocab_size']} of {folder}")
+    if meta and tokenizer and meta["tokenizer"] != tokenizer:
+        run_folder = settings.init_from if is_new else settings.out_dir
+        names = meta["tokenizer"]["name"], tokenizer["name"]
+        raise UserError(f"{folder} was made with tokenizer {names[0]}, {run_folder} with {names[1]}")
+    if meta and checkpoint and not tokenizer and setup.processes.rank == 0:
+        text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
+        print(f"warning: {text}", file=sys.stderr)
+    if is_new:
+        check_out_dir(settings)
+
+    train_data = TokenData(folder, "train", config.block_size, config.vocab_size, settings.seed)
+    val_data = TokenData(folder, "val", config.block_size, config.vocab_size)
+    sizes = {path: os.path.getsize(path) for part in (train_data, val_data) for path in part.paths}
+    if settings.init_from == "resume" and settings.dataset == checkpoint["settings"].get("dataset"):
+        check_shards({folder / name: size for name, size in checkpoint.get("shards", {}).items()})
+    bits_per_nat = None
+    if meta:
+        bits_per_nat = meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"] / math.log(2)
+    return Data(folder, train_data, val_data, config, tokenizer, bits_per_nat, sizes)
+
+
+def find_data(settings):
+    """Folder of the data set; the default one is prepared if it is missing. UserError for any other."""
+    try:
+        return prepare_data.find_data(settings.dataset, settings.data_dir, "train")
+    except UserError:
+        if settings.dataset != "stdlib" or (Path(settings.data_dir) / "stdlib").is_dir():
+            raise
+    print("preparing the default data set, this machine's Python standard library")
+    return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
+
+
+def check_shards(sizes):
+    """UserError for a shard that has disappeared or changed size: reading its memory map past its end would kill."""
+    advice = "put it back, and --init_from=resume goes on from the last checkpoint"
+    for path, size in sizes.items():
+        try:
+            now = os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f"shard {path} has gone ({error.strerror}): {advice}") from None
+        if now != size:
+            raise UserError(f"shard {path} has {now} bytes, {size} before: {advice}")
+
+
+def read_step(data, step, setup):
+    """This process's micro-batches of a step: a list of get_batch's; [] past the last step."""
+    settings, processes = setup.settings, setup.processes
+    if step >= settings.max_iters:
+        return []
+    check_shards(data.sizes)
+    n, first = settings.batch_size, step * settings.gradient_accumulation_steps
+    mine = range(processes.rank, settings.gradient_accumulation_steps, processes.size)
+    return [get_batch(data.train, (first + i) * n, n, setup.device) for i in mine]
+
+
+def get_batch(data, first, n, device):
+    """Rows first ... first + n - 1 of `data`: inputs and targets, tensors (n, block_size) on the device, and how many
+    of the targets count (-100 does not)."""
+    x, y = data.rows(first, n)
+    count = int(np.count_nonzero(y != -100))
+    if not count:
+        y = np.zeros_like(y)  # any target will do: the mean over none would be nan, and a weight of 0 leaves it nan
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True), count
+    return x.to(device), y.to(device), count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model and the optimizer
+
+
+def build_model(config, weights, setup):
     """A GPT on the device, with the weights of a checkpoint or None for new ones; UserError if it cannot be had.
 
     With settings.shard each process holds its part of every parameter, and never the whole of more than one: the same
     weights as without, since each parameter is drawn whole from a generator of its own and then cut.
     """
+    settings = setup.settings
     if settings.shard and weights is None and find_scheme(config.norm)[0].omega:
         raise UserError(
             f"norm {config.norm} is initialized by a pass through the whole model: begin without --shard "
@@ -450,14 +613,17 @@ def build_model(config, weights, settings, device, dtype, use_compile=False):
         torch.manual_seed(settings.seed)
         with torch.device("meta") if settings.shard else nullcontext():
             model = GPT(config)
-        model = model.double() if dtype == "float64" else model
+        model = model.to({"float64": torch.float64, "bfloat16_pure": torch.bfloat16}.get(setup.dtype, torch.float32))
+        for gate in model.gates() if settings.float32_gates else ():
+            gate.data = gate.data.float()
         if settings.recompute:
             for block in model.blocks:
                 block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
         if settings.shard:
             torch.manual_seed(settings.seed)
-            shard_model(model, device, use_compile, None if weights else int(torch.randint(2**62, (), device="cpu")))
-        model.to(device)
+            seed = None if weights else int(torch.randint(2**62, (), device="cpu"))
+            shard_model(model, setup.device, setup.use_compile, seed)
+        model.to(setup.device)
         if weights is not None:
             params = dict(model.named_parameters())
             model.load_state_dict({n: placed_as(params[n], w) if n in params else w for n, w in weights.items()})
@@ -490,19 +656,64 @@ def shard_model(model, device, use_compile, init_seed):
             model.init_weights(init_seed)
 
 
-def draw_layers(model, optimizer, step, settings, trained):
-    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks' parameters only those of lisa_layers layers
-    are trained; the embedding and the head, with its norm, always are. A function of the seed and the step.
+def exchange_gradients(model, setup):
+    """The model as the steps call it: under several processes, each with the whole model, in DDP."""
+    if setup.processes.size == 1 or setup.settings.shard:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # it settles here which gradients it waits for
 
-    `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped, for the memory.
-    """
-    rng = random.Random(f"{settings.seed} {step // settings.lisa_interval}")
-    drawn = rng.sample(range(len(model.blocks)), settings.lisa_layers)
-    for i, block in enumerate(model.blocks):
-        for p in block.parameters():
-            p.requires_grad_(i in drawn and id(p) in trained)
-            if not p.requires_grad:
-                optimizer.state.pop(p, None)
+
+def gradients_stay_here(net, is_last):
+    """The context of a micro-step: under DDP gradients are exchanged in the last one only. FSDP exchanges them in each,
+    since the sum of what is not yet exchanged is as large as the whole model."""
+    return net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else nullcontext()
+
+
+def build_optimizer(model, resumed, setup):
+    """The optimizer of the settings, with the moments of the checkpoint `resumed` if there is one; UserError."""
+    settings = setup.settings
+    groups = model.optimizer_groups(settings.weight_decay, settings.decay_embedding)
+    for group in groups:
+        group["weight_decay"] = settings.weight_decay if settings.decay_vectors else group["weight_decay"]
+    optimizer = OPTIMIZERS[settings.optimizer](groups, settings)
+    if resumed:
+        try:
+            load_optimizer(optimizer, resumed["optimizer"])
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"the optimizer state in {settings.out_dir}/ckpt.pt does not fit the model: {error}"
+            ) from None
+    return optimizer
+
+
+def load_optimizer(optimizer, saved):
+    """Gives the optimizer the moments of the `saved` state, in portable form; the hyperparameters stay its own.
+    ValueError or another error of look-up if they do not fit."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for i, moments in saved["state"].items():
+        for name, value in moments.items():
+            if value.dim() and value.shape != params[i].shape:
+                raise ValueError(
+                    f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(params[i].shape)}"
+                )
+        # `clone`, since the optimizer will write into them and the file is mapped
+        state[i] = {name: placed_as(params[i], v).clone() if v.dim() else v.clone() for name, v in moments.items()}
+    now = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in now]:
+        raise ValueError("its groups hold other parameters")
+    optimizer.load_state_dict({"state": state, "param_groups": now})
+
+
+def set_gates(model, settings, is_new):
+    """Predefined gates, at the start of a run, and gates that do not learn."""
+    if settings.gates is not None and is_new:
+        try:
+            model.set_gates(read_gates(settings.gates, model.config))
+        except ValueError as error:
+            raise UserError(f"--gates={settings.gates}: {error}") from None
+    for gate in model.gates():
+        gate.requires_grad_(not settings.freeze_gates and settings.gates is None)
 
 
 def read_gates(text, config):
@@ -527,39 +738,132 @@ def read_gates(text, config):
     return values
 
 
+def draw_layers(model, optimizer, step, settings, trained):
+    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks' parameters only those of lisa_layers layers
+    are trained; the embedding and the head, with its norm, always are. A function of the seed and the step.
+
+    `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped, for the memory.
+    """
+    rng = random.Random(f"{settings.seed} {step // settings.lisa_interval}")
+    drawn = rng.sample(range(len(model.blocks)), settings.lisa_layers)
+    for i, block in enumerate(model.blocks):
+        for p in block.parameters():
+            p.requires_grad_(i in drawn and id(p) in trained)
+            if not p.requires_grad:
+                optimizer.state.pop(p, None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def count_batches(data, settings):
-    """The batches of an evaluation: eval_iters, or as many whole ones as `data` has."""
-    return max(1, min(settings.eval_iters, len(data) // settings.batch_size))
-
-
-def expected_seconds(settings, step, eval_seconds, n_passes, n_processes):
-    """How long the rest of a run will take, from its first evaluation of n_passes forward passes: a micro-step takes
-    about three of them, since the backward pass is two products for each of the forward pass."""
-    steps = settings.max_iters - step
-    micro_steps = steps * settings.gradient_accumulation_steps / n_processes
-    return 3 * micro_steps * eval_seconds / n_passes + eval_seconds * math.ceil(steps / settings.eval_interval)
+def count_batches(data, setup, n):
+    """The batches of an evaluation: n, or as many whole ones as `data` has; n = 0: all."""
+    available = max(1, len(data) // setup.settings.batch_size)
+    return min(n or available, available)
 
 
 @torch.no_grad()
-def evaluate(model, data, settings, device, autocast, processes):
-    """Mean loss in nats over the tokens with a target of eval_iters batches of `data`, or as many whole batches as it
-    has, the same at each call. The processes share the batches."""
+def evaluate(model, data, setup, n):
+    """Mean loss in nats over the tokens with a target of n batches of `data` (count_batches), the same at each call.
+    The processes share the batches."""
     model.eval()
-    n = count_batches(data, settings)
-    total = count = 0
+    processes, batch_size = setup.processes, setup.settings.batch_size
+    n, total, count = count_batches(data, setup, n), 0, 0
     for i in range(processes.rank, n + -n % processes.size, processes.size):
         # Beyond the last batch it counts for nothing: sharded models need all processes in every pass.
-        x, y, n_targets = get_batch(data, min(i, n - 1) * settings.batch_size, settings.batch_size, device)
-        with autocast():
+        x, y, n_targets = get_batch(data, min(i, n - 1) * batch_size, batch_size, setup.device)
+        with setup.autocast():
             total += model(x, y)[1].double() * (n_targets * (i < n))
         count += n_targets * (i < n)
     model.train()
     total, count = processes.sum(total.item(), count)
     return total / max(count, 1)
+
+
+def expected_seconds(setup, step, eval_seconds, n_batches):
+    """How long the rest of a run will take, from an evaluation of n_batches: a micro-step takes about three forward
+    passes, since the backward pass is two products for each of the forward pass."""
+    settings, n_passes = setup.settings, math.ceil(n_batches / setup.processes.size)
+    steps = settings.max_iters - step
+    micro_steps = steps * settings.gradient_accumulation_steps / setup.processes.size
+    return 3 * micro_steps * eval_seconds / n_passes + eval_seconds * math.ceil(steps / settings.eval_interval)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+class Times:
+    """Seconds spent on each kind of work: `with times("steps"): ...`."""
+
+    def __init__(self):
+        self.started, self.spent = time.monotonic(), Counter()
+
+    @contextmanager
+    def __call__(self, name):
+        begin = time.monotonic()
+        yield
+        self.spent[name] += time.monotonic() - begin
+
+    def training(self):
+        """Seconds since the start without evaluations and checkpoints."""
+        return time.monotonic() - self.started - self.spent["evaluation"] - self.spent["checkpoints"]
+
+    def __str__(self):
+        total = time.monotonic() - self.started
+        spent = {**self.spent, "the rest": total - self.spent.total()}
+        shares = ", ".join(f"{name} {seconds / max(total, 1e-9):.1%}" for name, seconds in spent.items())
+        return f"{clock(total)} ({shares})"
+
+
+# Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
+
+
+class RateMeter:
+    """Tokens per second between two lines of the log, and the share of the device's peak that this is."""
+
+    def __init__(self, model, setup, step):
+        self.model, self.setup, self.first, self.step, self.seconds = model, setup, step, step, 0.0
+        name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
+        known = [peak for part, peak in PEAK_TFLOPS.items() if part in name]
+        self.peak = 1e12 * setup.processes.size * (setup.settings.peak_tflops or (known[0] if known else 0))
+
+    def read(self, record, times):
+        """Prints the line of a record {"step", "loss", "lr", "grad_norm"}; the rate as fields of the log."""
+        settings, step, seconds = self.setup.settings, record["step"], times.training()
+        tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+        rate = (step - self.step) * tokens / max(seconds - self.seconds, 1e-9)
+        self.step, self.seconds = step, seconds
+        speed = {"tokens_per_s": round(rate, 1)}
+        reached = f"{self.model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
+        if self.peak:
+            speed["mfu"] = self.model.mfu(rate, self.peak)
+            reached = f"MFU {speed['mfu']:.1%}"
+        left = (time.monotonic() - times.started) / (step - self.first) * (settings.max_iters - step)
+        print(
+            f"step {step:5d}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, "
+            f"gradient norm {record['grad_norm']:.3f}, {rate:,.0f} tokens/s, {reached}, {clock(left)} left"
+        )
+        return speed
+
+
+def clock(seconds):
+    """Seconds as 75s, 12m30s or 5h12m."""
+    m, s = divmod(int(seconds), 60)
+    return f"{60 * m + s}s" if m < 2 else f"{m}m{s:02d}s" if m < 120 else f"{m // 60}h{m % 60:02d}m"
+
+
+def picture(report, width=40):
+    """A stream_report as text: a bar of each layer's variance, and its gate's value."""
+    highest = max(report["variance"])
+    lines = ["variance of each layer's output" + ", gate a" * ("gates" in report)]
+    for l, variance in enumerate(report["variance"], 1):
+        bar = "#" * max(1, round(width * variance / highest)) if math.isfinite(variance) and highest > 0 else ""
+        gate = np.atleast_1d(report["gates"][l - 1]).tolist() if "gates" in report else []
+        lines.append(f"{l:5d}  {bar:{width}}  {variance:9.3g}" + "".join(f"  {a:+.3f}" for a in gate))
+    return "\n".join(lines)
 
 
 def stream_report(model, x, y, autocast):
@@ -598,18 +902,210 @@ def stream_report(model, x, y, autocast):
     with autocast():
         model(x, y)[1].backward()
     model.train()
-    report["grad_norms"], report["grad_variance"] = [], []
-    for block in model.blocks:
+    report["grad_norms"], report["grad_variance"] = gradient_norms(model), []
+    for block, norm in zip(model.blocks, report["grad_norms"]):
         grads = [p.grad for p in block.parameters() if p.grad is not None]
         n = max(1, sum(g.numel() for g in grads))
-        norm, mean = whole(torch.nn.utils.get_total_norm(grads)).item(), sum(whole(g.sum()).item() for g in grads) / n
-        report["grad_norms"].append(norm)
-        report["grad_variance"].append(norm**2 / n - mean**2)
+        report["grad_variance"].append(norm**2 / n - (sum(whole(g.sum()).item() for g in grads) / n) ** 2)
     model.zero_grad(set_to_none=True)
     if model.gates():
         gates = [whole(gate.detach()).tolist() for gate in model.gates()]
         report["gates"] = [values[0] if len(values) == 1 else values for values in gates]
     return report
+
+
+def write_sample(model, tokenizer, prompt, setup):
+    """Text: the prompt and its continuation by sample_tokens tokens; an empty prompt is the start of a document."""
+    settings, encoding = setup.settings, prepare_data.build_encoding(tokenizer)
+    prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # a terminal may hand over any bytes
+    ids = [encoding.eot_token, *map(int, prepare_data.encode(encoding, prompt))]
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(f"the prompt holds token {max(ids)}, the model knows {model.config.vocab_size}")
+    with setup.autocast():
+        idx = torch.tensor([ids], device=setup.device)
+        if not model(idx[:, -1:])[0].isfinite().all():
+            raise UserError("the model's logits are not finite: it cannot be sampled")
+        out = model.generate(idx, settings.sample_tokens, settings.temperature, settings.top_k)
+    return prepare_data.decode(encoding, out[0, 1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder: log and checkpoints
+
+
+class RunFolder:
+    """settings.out_dir. The log of a new run is log.partial until its first checkpoint is saved, so that until then
+    what was there is whole. The process of rank 0 writes."""
+
+    def __init__(self, resumed, setup):
+        self.setup, self.path = setup, Path(setup.settings.out_dir)
+        self.log_path, self.log_file, self.is_evaluated = self.path / "log.jsonl", None, False
+        self.saved_step = resumed["step"] if resumed else None
+        self.held_a_run = (self.path / "ckpt.pt").exists()
+        if setup.processes.sum(self.saved_step or 0)[0] != (self.saved_step or 0) * setup.processes.size:
+            raise UserError(f"the processes see different checkpoints: {self.path} must be one folder for all of them")
+        self.loggers = open_loggers(setup.settings) if setup.processes.rank == 0 else []
+
+    def begin_log(self, resumed, changes):
+        """Opens the log: that of a run that is continued is kept up to its checkpoint, with a line of the changes."""
+        partial = self.log_path.with_suffix(".partial")
+        if self.setup.processes.rank == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            kept = [r for r in (read_log(self.log_path) if resumed else []) if r["step"] <= self.saved_step]
+            self.is_evaluated = any(r["step"] == self.saved_step and "val_loss" in r for r in kept)
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            self.log_file = open(partial, "a", buffering=1)
+            if resumed:
+                partial.replace(self.log_path)
+        self.is_evaluated = self.setup.processes.sum(self.is_evaluated)[0] > 0
+        if resumed and changes:
+            for name, (before, now) in changes.items():
+                print(f"{name}: {before} before, {now} now")
+            self.log({"step": self.saved_step, "changed": changes})
+
+    def log(self, record):
+        """Adds a line, a dict with `step`."""
+        if self.log_file:
+            self.log_file.write(json.dumps(record) + "\n")
+        for logger in self.loggers:
+            logger(record["step"], flat(record))
+
+    def save(self, model, optimizer, data, step, **more):
+        """Writes ckpt.pt, with `more` fields; all processes take part."""
+        rank, settings = self.setup.processes.rank, self.setup.settings
+        state = {
+            "model": portable(model.state_dict(), rank),
+            "optimizer": portable(optimizer.state_dict(), rank),
+            "config": asdict(data.config),
+            "step": step,
+            "settings": asdict(settings),
+            "tokenizer": data.tokenizer,
+            "shards": {path.name: size for path, size in data.sizes.items()},
+            **more,
+        }
+        if rank == 0:
+            if (partial := self.log_path.with_suffix(".partial")).exists():
+                if self.log_path.exists():
+                    self.log_path.replace(self.path / "log_previous.jsonl")
+                partial.replace(self.log_path)
+            save_checkpoint(self.path / "ckpt.pt", state)
+            if is_kept(step, settings):
+                give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
+        self.saved_step = step
+
+    def end_where_not_finite(self, what, model, batches):
+        """UserError that says where the first value that is not finite arises in a pass over the batches."""
+        where = self.setup.processes.first(first_non_finite(model, batches, self.setup.autocast))
+        where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
+        safe = f"{self.path}/ckpt.pt is from step {self.saved_step}"
+        if self.saved_step is None:
+            safe = "nothing was saved yet" + ", the run that was there is untouched" * self.held_a_run
+        raise UserError(f"{what}; {where}; {safe}, a lower learning_rate may help")
+
+
+def check_out_dir(settings):
+    """UserError where a new run may not go into out_dir."""
+    out_dir = Path(settings.out_dir)
+    has_run = any(f.exists() and f.stat().st_size for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl"))
+    if has_run and not settings.overwrite:
+        raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"out_dir {out_dir} is not a folder")
+
+
+def is_kept(step, settings):
+    """Whether the checkpoint of a step stays under a name of its own (keep_every)."""
+    return settings.keep_every > 0 and step % settings.keep_every == 0
+
+
+def save_checkpoint(path, state):
+    """Writes the dict `state` to `path`, whole or not at all; what was there stays beside it as ckpt_previous.pt."""
+
+    def write(file):
+        torch.save(state, file)
+        if path.exists():
+            give_second_name(path, path.with_name("ckpt_previous.pt"))
+
+    save_whole(path, write)
+
+
+def give_second_name(path, name):
+    """Gives the file `path` the second name `name`, so that it is at no moment without its own."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:  # a file system without links: a copy
+        shutil.copyfile(path, name)
+
+
+def portable(tree, rank):
+    """Nested dicts and lists with every sharded tensor whole and on the CPU: one form, however many processes trained.
+
+    All processes take part; only that of rank 0 keeps the tensors."""
+    if isinstance(tree, dict):
+        return {key: portable(value, rank) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [portable(value, rank) for value in tree]
+    if is_sharded(tree):
+        tensor = tree.full_tensor()
+        return tensor.cpu() if rank == 0 else None
+    return tree
+
+
+def is_sharded(tensor):
+    """Whether it is a DTensor (their import takes a second: it is for those who shard)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """A sharded tensor in one piece; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def placed_as(like, value):
+    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
+    if is_sharded(like):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
+def open_loggers(settings):
+    """Functions of (step, {name: number}) for the services that the settings ask for."""
+    loggers = []
+    if settings.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs the package wandb: pip install wandb") from None
+        board = wandb.init(project="nanoNorm", name=Path(settings.out_dir).name, config=asdict(settings))
+        loggers.append(lambda step, numbers: board.log(numbers, step=step))
+    if settings.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        writer = SummaryWriter(settings.out_dir)
+        loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
+    return loggers
+
+
+def flat(record):
+    """The numbers of a record of the log by name, those of a list by name/1 ... (the layer), of a list in it by
+    name/1/1 ... (the sub-layer)."""
+    numbers = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            inner = flat({str(i): v for i, v in enumerate(value, 1)})
+            numbers.update({f"{name}/{i}": v for i, v in inner.items()})
+        elif isinstance(value, (int, float)) and name != "step":
+            numbers[name] = value
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
 
 
 def first_non_finite(model, batches, autocast):
@@ -651,81 +1147,117 @@ def first_non_finite(model, batches, autocast):
     return found[0] if found else None
 
 
-def learning_rate(step, settings):
-    """Linear warm-up to learning_rate, cosine decay to min_lr at lr_decay_iters, min_lr from there on."""
-    if step < settings.warmup_iters:
-        return settings.learning_rate * (step + 1) / settings.warmup_iters
-    end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
-    share = (step - settings.warmup_iters) / max(1, end - settings.warmup_iters)
-    low = settings.learning_rate / 10 if settings.min_lr is None else settings.min_lr
-    return low + (settings.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+class StopRequest:
+    """SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a second one ends the
+    process at once. Both hold from `listen` to the end of the context."""
+
+    def __init__(self, is_main):
+        self.is_main, self.number, self.before = is_main, 0, {}
+
+    def listen(self, out_dir):
+        self.out_dir = out_dir
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        # os.write, since a signal may arrive in the middle of a print
+        if self.number:
+            os.write(2, f"stopped at once; {self.out_dir}/ckpt.pt is the last that was saved\n".encode())
+            os._exit(128 + number)
+        self.number = number
+        if self.is_main:
+            os.write(2, f"{signal.Signals(number).name}: ends after this step; once more ends at once\n".encode())
 
 
-def get_batch(data, first, n, device):
-    """Rows first ... first + n - 1 of `data`: inputs and targets, tensors (n, block_size) on the device, and how many
-    of the targets count (-100 does not)."""
-    x, y = data.rows(first, n)
-    count = int(np.count_nonzero(y != -100))
-    if not count:
-        y = np.zeros_like(y)  # any target will do: the mean over none would be nan, and a weight of 0 leaves it nan
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
-    if device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True), count
-    return x.to(device), y.to(device), count
+def end_by_signal(stop, step, folder):
+    number = stop.number or signal.SIGTERM  # it may have come to another process
+    print(
+        f"{signal.Signals(number).name}: stopped at step {step}, {folder.path}/ckpt.pt is of step {folder.saved_step}; "
+        f"continue with --init_from=resume --out_dir={folder.path}"
+    )
+    sys.exit(128 + number)
 
 
-def write_sample(model, tokenizer, prompt, settings, device, autocast):
-    """Text: the prompt and its continuation by sample_tokens tokens; an empty prompt is the start of a document."""
-    encoding = prepare_data.build_encoding(tokenizer)
-    prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # a terminal may hand over any bytes
-    ids = [encoding.eot_token, *map(int, prepare_data.encode(encoding, prompt))]
-    if max(ids) >= model.config.vocab_size:
-        raise UserError(f"the prompt holds token {max(ids)}, the model knows {model.config.vocab_size}")
-    with autocast():
-        idx = torch.tensor([ids], device=device)
-        if not model(idx[:, -1:])[0].isfinite().all():
-            raise UserError("the model's logits are not finite: it cannot be sampled")
-        out = model.generate(idx, settings.sample_tokens, settings.temperature, settings.top_k)
-    return prepare_data.decode(encoding, out[0, 1:])
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
 
 
-def clock(seconds):
-    """Seconds as 75s, 12m30s or 5h12m."""
-    m, s = divmod(int(seconds), 60)
-    return f"{60 * m + s}s" if m < 2 else f"{m}m{s:02d}s" if m < 120 else f"{m // 60}h{m % 60:02d}m"
+@dataclass
+class Processes:
+    """The processes of the job: this one alone, or those that torchrun started."""
+
+    rank: int = 0  # the one of rank 0 speaks and writes
+    local_rank: int = 0  # among those of this machine: the number of its GPU
+    size: int = 1
+    store: dist.Store | None = None  # what they share before they are connected
+    device: torch.device = torch.device("cpu")
+
+    def connect(self, device):
+        """From here on they exchange tensors: by nccl between GPUs, by gloo between CPUs."""
+        self.device, is_cuda = device, device.type == "cuda"
+        if self.size > 1:
+            job = {"store": self.store, "rank": self.rank, "world_size": self.size}
+            dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None, **job)
+
+    def sum(self, *values):
+        """The sum over the processes of each of some numbers, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def first(self, value):
+        """The `value` of the first process in which it is not None."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return next((v for v in values if v is not None), None)
+
+    def wait(self):
+        """Returns when all have come here."""
+        self.sum(0)
 
 
-def open_loggers(settings, rank):
-    """Functions of (step, {name: number}) for the services that the settings ask for, in the process of rank 0."""
-    loggers = []
-    if settings.wandb and rank == 0:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb needs the package wandb: pip install wandb") from None
-        board = wandb.init(project="nanoNorm", name=Path(settings.out_dir).name, config=asdict(settings))
-        loggers.append(lambda step, numbers: board.log(numbers, step=step))
-    if settings.tensorboard and rank == 0:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        writer = SummaryWriter(settings.out_dir)
-        loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
-    return loggers
+def find_processes():
+    """Processes, as the environment that torchrun sets describes them. Only rank 0 prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Processes()
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+    return Processes(rank, int(os.environ["LOCAL_RANK"]), size, store)
 
 
-def flat(record):
-    """The numbers of a record of the log by name, those of a list by name/1 ... (the layer), of a list in it by
-    name/1/1 ... (the sub-layer)."""
-    numbers = {}
-    for name, value in record.items():
-        if isinstance(value, list):
-            inner = flat({str(i): v for i, v in enumerate(value, 1)})
-            numbers.update({f"{name}/{i}": v for i, v in inner.items()})
-        elif isinstance(value, (int, float)) and name != "step":
-            numbers[name] = value
-    return numbers
+@contextmanager
+def errors_told_once(processes):
+    """Under torchrun the process that fails first says why; the others, which fail for want of it, end silently."""
+    try:
+        yield
+    except BaseException as error:
+        # What DDP made must be gone before the connection is: in the other order the last reference to the connection
+        # goes with it, and waits for a thread that waits for Python.
+        traceback.clear_frames(error.__traceback__)
+        if processes.size > 1 and isinstance(error, Exception):
+            if processes.store.add("an error is told", 1) > 1:
+                sys.exit(2)
+            if isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+                raise UserError(
+                    "a process of this job has ended without a word (killed, or out of memory?); "
+                    "what was saved is untouched, --init_from=resume goes on from there"
+                ) from None
+        raise
+    finally:
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -792,324 +1324,6 @@ def activation_bytes(model, settings):
     if settings.recompute:  # every block's input in float32, and one block at a time
         in_blocks = in_blocks / settings.n_layer + 4 * settings.n_layer * idx.numel() * settings.n_embd
     return in_blocks + rest + 4 * logits.numel()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-
-
-def main():
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    processes = find_processes()
-    with one_voice(processes), StopRequest(speaks=processes.rank == 0) as stop:
-        train(processes, stop)
-
-
-def train(processes, stop):
-    """Reads the settings and does what they ask for: plans, samples or evaluates a run, or trains one."""
-    found, given = {}, read_settings(Settings, "Pretrains a GPT with any placement of its norms.")
-    settings = build_settings(Settings, {**settings_of_run(given, found), **given})
-    if settings.dry_run:
-        print(plan(settings))
-        return
-    device, dtype, autocast = setup_device(settings, processes)
-    if settings.gradient_accumulation_steps % processes.size:
-        raise UserError(f"{cannot_share(settings, processes.size)} processes")
-    if settings.shard and processes.size == 1:
-        raise UserError("shard spreads a model over processes, this is one: torchrun --nproc_per_node=N train.py ...")
-    processes.connect(device)
-    is_main = processes.rank == 0
-    out_dir = Path(settings.out_dir)
-    checkpoint = found.get("checkpoint")  # of the run in out_dir, or what is fine-tuned
-    resumed = checkpoint if settings.init_from == "resume" else None
-    is_new = not (resumed or settings.eval_only or settings.sample is not None)
-    torch.manual_seed(settings.seed)
-
-    if settings.sample is not None:
-        if not checkpoint["tokenizer"]:
-            raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-        model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], settings, device, dtype)
-        print(write_sample(model, checkpoint["tokenizer"], settings.sample, settings, device, autocast))
-        return
-
-    # -- data and model
-    if is_main:
-        find_data(settings)  # one process prepares what is missing
-    processes.wait()
-    folder = find_data(settings)
-    meta = prepare_data.read_meta(folder)
-    tokenizer = checkpoint["tokenizer"] if checkpoint else meta.get("tokenizer")
-    known = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
-    known["vocab_size"] = settings.vocab_size or meta.get("vocab_size", 0)
-    if not known["vocab_size"]:
-        raise UserError(f"{folder} has no meta.json: say its vocabulary with --vocab_size=N (50257 for GPT-2's)")
-    config = GPTConfig(**known)
-    if config.vocab_size < meta.get("vocab_size", 0):
-        raise UserError(f"vocab_size {config.vocab_size} is smaller than the {meta['vocab_size']} of {folder}")
-    if meta and tokenizer and meta["tokenizer"] != tokenizer:
-        names = meta["tokenizer"]["name"], tokenizer["name"]
-        place = settings.init_from if is_new else out_dir
-        raise UserError(f"{folder} was made with tokenizer {names[0]}, {place} with {names[1]}")
-    if meta and checkpoint and not tokenizer and is_main:
-        print(f"warning: the run names no tokenizer: whether {folder} is of the same cannot be told", file=sys.stderr)
-
-    files = [f for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if f.exists() and f.stat().st_size]
-    if is_new and not settings.overwrite and files:
-        raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"out_dir {out_dir} is not a folder")
-
-    train_data = TokenData(folder, "train", config.block_size, config.vocab_size, settings.seed)
-    val_data = TokenData(folder, "val", config.block_size, config.vocab_size)  # in one order for every seed
-    sizes = shard_sizes(train_data, val_data)
-    if resumed and "dataset" not in found["changed"]:
-        check_shards({folder / name: size for name, size in resumed.get("shards", {}).items()})
-    val_meta = meta["splits"]["val"] if meta else None
-    bits_per_nat = val_meta["tokens"] / val_meta["bytes"] / math.log(2) if val_meta else None  # per byte of the text
-
-    use_compile = device.type == "cuda" and not settings.lisa_layers if settings.compile is None else settings.compile
-    model = build_model(config, checkpoint and checkpoint["model"], settings, device, dtype, use_compile)
-    if settings.gates is not None and is_new:
-        try:
-            model.set_gates(read_gates(settings.gates, config))
-        except ValueError as error:
-            raise UserError(f"--gates={settings.gates}: {error}") from None
-    for gate in model.gates():
-        gate.requires_grad_(not settings.freeze_gates and settings.gates is None)
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    count = model.count_params()
-    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
-    print(
-        f"{config.norm}: {config.n_layer} layers x {config.n_embd}, {count['total']:,} parameters "
-        f"({count['active']:,} active, {count['non_embedding']:,} without embedding and head), "
-        f"{dtype} on {f'{processes.size} x ' * (processes.size > 1)}{device.type if processes.size > 1 else device}, "
-        f"{len(train_data):,} windows of {config.block_size} tokens in {folder}"
-    )
-
-    def describe(loss):
-        """The loss as a line's part and as the log's fields."""
-        record = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
-        text = f"validation loss {loss:.4f}, perplexity {record['perplexity']:.2f}"
-        if bits_per_nat:
-            record["bits_per_byte"] = loss * bits_per_nat
-            text += f", {record['bits_per_byte']:.4f} bits per byte"
-        return text, record
-
-    if settings.eval_only:
-        loss = evaluate(model, val_data, settings, device, autocast, processes)
-        if not math.isfinite(loss):
-            raise UserError(f"the validation loss of {out_dir}/ckpt.pt is {loss}")
-        print(f"step {checkpoint['step']}: {describe(loss)[0]}")
-        return
-
-    # -- optimizer
-    groups = model.optimizer_groups(settings.weight_decay)
-    for group in groups:
-        group["betas"] = settings.beta1, settings.beta2
-        if settings.decay_vectors:
-            group["weight_decay"] = settings.weight_decay
-    optimizer = torch.optim.AdamW(groups, settings.learning_rate, fused=True)
-    step = skipped = 0
-    val_loss = None
-    if resumed:
-        try:
-            load_optimizer(optimizer, resumed["optimizer"])
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise UserError(f"the optimizer state in {out_dir}/ckpt.pt does not fit the model: {error}") from None
-        step, skipped, val_loss = resumed["step"], resumed.get("skipped", 0), resumed.get("val_loss")
-        if processes.sum(step)[0] != step * processes.size:
-            raise UserError(f"the processes see different checkpoints: {out_dir} must be one folder for all of them")
-    gates = [g for g in model.gates() if g.requires_grad]
-    others = [p for group in optimizer.param_groups if group["name"] != "gates" for p in group["params"]]
-    start_step, saved_step = step, step if resumed else None
-
-    # -- log: kept up to the step that is continued; that of a new run takes its name with the first checkpoint, so that
-    # until then the run that was there is whole
-    loggers = open_loggers(settings, processes.rank)
-    log_path, log_file, is_evaluated = out_dir / "log.jsonl", None, False
-    partial_log = log_path.with_suffix(".partial")
-    if is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in (read_log(log_path) if resumed else []) if record["step"] <= step]
-        is_evaluated = any(record["step"] == step and "val_loss" in record for record in kept)
-        partial_log.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        log_file = open(partial_log, "a", buffering=1)
-        if resumed:
-            partial_log.replace(log_path)
-    is_evaluated = processes.sum(is_evaluated)[0] > 0
-
-    def log(record):
-        if is_main:
-            log_file.write(json.dumps(record) + "\n")
-        for logger in loggers:
-            logger(record["step"], flat(record))
-
-    if resumed and found["changed"]:
-        for name, (before, now) in found["changed"].items():
-            print(f"{name}: {before} before, {now} now")
-        log({"step": step, "changed": found["changed"]})
-
-    def stop_where_not_finite(what, batches):
-        where = processes.first(first_non_finite(model, batches, autocast))
-        where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
-        safe = f"{out_dir}/ckpt.pt is from step {saved_step}"
-        if saved_step is None:
-            safe = "nothing was saved yet" + ", the run that was there is untouched" * bool(files)
-        raise UserError(f"{what}; {where}; {safe}, a lower learning_rate may help")
-
-    # -- loop: the step calls net, the evaluation compiled; both are the plain model where nothing is wrapped around it
-    net = compiled = torch.compile(model) if use_compile and not settings.shard else model
-    if processes.size > 1 and not settings.shard:
-        net = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known_peaks = [peak for name, peak in PEAK_TFLOPS.items() if name in device_name]
-    peak_flops = 1e12 * processes.size * (settings.peak_tflops or (known_peaks[0] if known_peaks else 0))
-    report_batch = get_batch(val_data, 0, min(8, len(val_data)), device)
-    micro_steps = range(processes.rank, settings.gradient_accumulation_steps, processes.size)
-
-    def read_step(step):
-        """This process's micro-batches of a step."""
-        check_shards(sizes)
-        first = step * settings.gradient_accumulation_steps
-        n = settings.batch_size
-        return [get_batch(train_data, (first + micro) * n, n, device) for micro in micro_steps]
-
-    spent = Counter()  # seconds
-
-    @contextmanager
-    def timed(name):
-        start = time.monotonic()
-        yield
-        spent[name] += time.monotonic() - start
-
-    started, last_time, last_step, train_seconds = time.monotonic(), time.monotonic(), step, 0.0
-    batches = read_step(step) if step < settings.max_iters else []
-    is_stopping = False
-    stop.listen(out_dir)
-    model.train()
-    while True:
-        is_last = step >= settings.max_iters
-        is_due = (step % settings.eval_interval == 0 or is_last) and not (is_evaluated and step == start_step)
-        train_seconds += time.monotonic() - last_time
-        if is_due:
-            with timed("evaluation"):
-                check_shards(sizes)
-                before = time.monotonic()
-                val_loss = evaluate(compiled, val_data, settings, device, autocast, processes)
-                if not math.isfinite(val_loss):
-                    stop_where_not_finite(f"validation loss is {val_loss} at step {step}", [report_batch])
-                text, record = describe(val_loss)
-                if step == start_step and not is_last and not use_compile:
-                    n_passes = len(range(0, count_batches(val_data, settings), processes.size))
-                    seconds = time.monotonic() - before
-                    print(f"about {clock(expected_seconds(settings, step, seconds, n_passes, processes.size))} in all")
-                print(f"step {step:5d}: {text}")
-                report = stream_report(model, *report_batch[:2], autocast) if is_main or settings.shard else {}
-                log({"step": step, **record, **report})
-        # a run that is skipping steps leaves the checkpoint from before them
-        if is_due or (is_stopping and step != saved_step and not skipped):
-            with timed("checkpoints"):
-                state = {
-                    "model": portable(model.state_dict(), processes.rank),
-                    "optimizer": portable(optimizer.state_dict(), processes.rank),
-                    "config": asdict(config),
-                    "step": step,
-                    "settings": asdict(settings),
-                    "tokenizer": tokenizer,
-                    "val_loss": val_loss,
-                    "skipped": skipped,
-                    "shards": {path.name: size for path, size in sizes.items()},
-                }
-                if is_main:
-                    if partial_log.exists():
-                        if log_path.exists():
-                            log_path.replace(out_dir / "log_previous.jsonl")
-                        partial_log.replace(log_path)
-                    save_checkpoint(out_dir / "ckpt.pt", state)
-                saved_step = step
-        last_time = time.monotonic()
-        if is_stopping or is_last:
-            break
-
-        lr = learning_rate(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if settings.lisa_layers and (step == start_step or step % settings.lisa_interval == 0):
-            draw_layers(model, optimizer, step, settings, trained)
-            if processes.size > 1:  # which gradients it waits for is settled when it is made
-                net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # The mean over all tokens of the step that have a target, wherever they are: each micro-batch's mean counts by
-        # its number of them. DDP and FSDP divide the sum of gradients by the number of processes, hence the factor.
-        n_targets = processes.sum(sum(n for *_, n in batches))[0]
-        if not n_targets:
-            raise UserError(f"no token of step {step} has a target: its examples are prompts, or cut before the answer")
-        loss = 0
-        with timed("compilation" if use_compile and step == start_step else "steps"):
-            for i, (x, y, n) in enumerate(batches):
-                # Under DDP gradients are exchanged once a step. FSDP exchanges them in each micro-step, since the sum
-                # of what is not yet exchanged is as large as the whole model.
-                is_quiet = net is not compiled and i < len(batches) - 1
-                with net.no_sync() if is_quiet else nullcontext():
-                    with autocast():
-                        part = net(x, y)[1] * (n * processes.size / n_targets)
-                    part.backward()
-                loss = loss + part.detach() / processes.size
-        these, batches = batches, read_step(step + 1) if step + 1 < settings.max_iters else []  # while CUDA computes
-        with timed("steps"):
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(others, settings.grad_clip or math.inf)).item()
-            gate_norm = 0.0
-            if gates:
-                gate_norm = whole(torch.nn.utils.clip_grad_norm_(gates, settings.gate_clip or math.inf)).item()
-            loss, n_stops = processes.sum(loss.item(), stop.number > 0)
-            is_finite = math.isfinite(loss + grad_norm + gate_norm)
-            if is_finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step, skipped, is_stopping = step + 1, 0 if is_finite else skipped + 1, n_stops > 0
-        if not is_finite:
-            what = f"loss is {loss}, gradient norm {grad_norm} at step {step}, lr {lr:.2e}"
-            if skipped >= settings.nan_patience:
-                stop_where_not_finite(f"{what}, {skipped} such steps in a row", these)
-            print(f"step {step:5d}: {what}: skipped")
-            log({"step": step, "skipped": skipped, "lr": lr})
-        elif step % settings.log_interval == 0:
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-            now = time.monotonic()
-            train_seconds += now - last_time
-            rate = (step - last_step) * tokens_per_step / max(train_seconds, 1e-9)
-            last_time, last_step, train_seconds = now, step, 0.0
-            record["tokens_per_s"] = round(rate, 1)
-            if gates:
-                record["gate_grad_norm"] = gate_norm
-            for name in model.losses.keys() - {"cross_entropy"}:  # the routers', of this process's last micro-batch
-                record[f"{name}_loss"] = model.losses[name].item()
-            reached = f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
-            if peak_flops:
-                record["mfu"] = model.mfu(rate, peak_flops)
-                reached = f"MFU {record['mfu']:.1%}"
-            left = (now - started) / (step - start_step) * (settings.max_iters - step)
-            print(
-                f"step {step:5d}: loss {record['loss']:.4f}, lr {lr:.2e}, gradient norm {record['grad_norm']:.3f}, "
-                f"{rate:,.0f} tokens/s, {reached}, {clock(left)} left"
-            )
-            log(record)
-        if use_compile and step == start_step + 1:
-            print(f"the first step took {clock(spent['compilation'])}, with compilation")
-
-    processes.wait()  # for the checkpoint
-    if is_stopping and not is_last:
-        number = stop.number or signal.SIGTERM
-        print(
-            f"{signal.Signals(number).name}: stopped at step {step}, {out_dir}/ckpt.pt is of step {saved_step}; "
-            f"continue with --init_from=resume --out_dir={out_dir}"
-        )
-        sys.exit(128 + number)
-    total = time.monotonic() - started
-    spent["the rest"] = total - spent.total()
-    parts = ", ".join(f"{name} {seconds / max(total, 1e-9):.1%}" for name, seconds in spent.items())
-    print(f"done in {clock(total)} ({parts}): {out_dir}/ckpt.pt, {out_dir}/log.jsonl")
-    if tokenizer and (is_main or settings.shard):
-        print("a sample:\n" + write_sample(model, tokenizer, "", settings, device, autocast))
 
 
 if __name__ == "__main__":
