@@ -10,6 +10,7 @@ A gate is a known factor at inference, and a norm undoes factors: a trained gpas
 has other weights, exactly (`fold`). What is folded is a model that other programs may know by another name: FAMILIES
 is one table from their names to ours, read in both directions. The files are written and read by transformers, whose
 class of the family holds the weights on the way: tried with transformers 5.24, whose experts are stacked as ours are.
+An earlier one ends in an error where it differs.
 """
 
 import copy
@@ -220,7 +221,8 @@ EXPERTS_AND_SHARED = {
     "shared_mlp.output_linear.weight": "mlp.shared.down_proj.weight",
 }
 
-# Their name of a setting -> the field of GPTConfig: in every family, and those that some have.
+# Their name of a setting -> the field of GPTConfig: in every family, and those that some have. A family without
+# norm_topk_prob normalizes the router weights, one without head_dim has n_embd / n_head.
 SETTINGS = {
     "vocab_size": "vocab_size",
     "hidden_size": "n_embd",
@@ -232,9 +234,9 @@ SETTINGS = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-HEAD_DIM = {"head_dim": "head_dim"}  # a family without it has n_embd / n_head
-N_EXPERTS = {"num_local_experts": "n_expert", "num_experts_per_tok": "n_expert_active"}
-NORMALIZE = {"norm_topk_prob": "normalize_gates"}  # a family without it normalizes
+HEAD_DIM = {"head_dim": "head_dim"}
+N_LOCAL = {"num_local_experts": "n_expert", "num_experts_per_tok": "n_expert_active"}
+N_EXPERTS = {"num_experts": "n_expert", "num_experts_per_tok": "n_expert_active", "norm_topk_prob": "normalize_gates"}
 
 # Their settings without effect on a trained model's logits.
 NO_EFFECT = set(
@@ -294,18 +296,18 @@ FAMILIES = {
     "qwen3": Family("pre", ATTENTION | QK_NORM | NORMS_A | DENSE, HEAD_DIM, "head"),
     "glm4": Family("sandwich", ATTENTION | NORMS_AB | DENSE_STACKED, HEAD_DIM, is_interleaved=True, write=glm4_write),
     "olmo2": Family("out", ATTENTION | QK_NORM | NORMS_B | DENSE, {}, "full"),
-    "mixtral": Family("pre", ATTENTION | NORMS_A | EXPERTS, N_EXPERTS | HEAD_DIM),
-    "olmoe": Family("pre", ATTENTION | QK_NORM | NORMS_A | EXPERTS, N_EXPERTS | NORMALIZE, "full"),
+    "mixtral": Family("pre", ATTENTION | NORMS_A | EXPERTS, N_LOCAL | HEAD_DIM),
+    "olmoe": Family("pre", ATTENTION | QK_NORM | NORMS_A | EXPERTS, N_EXPERTS, "full"),
     "qwen3_moe": Family(
         "pre",
         ATTENTION | QK_NORM | NORMS_A | DENSE | EXPERTS,  # a layer has the one or the other
-        N_EXPERTS | NORMALIZE | HEAD_DIM,
+        N_EXPERTS | HEAD_DIM,
         "head",
         write=qwen3_moe_write,
         read=qwen3_moe_read,
     ),
     "granitemoeshared": Family(
-        "pre", ATTENTION | NORMS_A | EXPERTS_AND_SHARED, N_EXPERTS, write=granite_write, read=granite_read
+        "pre", ATTENTION | NORMS_A | EXPERTS_AND_SHARED, N_LOCAL, write=granite_write, read=granite_read
     ),
 }
 
@@ -402,7 +404,7 @@ def from_theirs(theirs, config, family):
     for name, parts in tensor_names(family, config, model.state_dict(), given).items():
         tensor = swap_rotation(family, name, given[name], config.head_dim, is_back=True)
         tensors = tensor.chunk(len(parts), -2) if len(parts) > 1 else [tensor]
-        state.update({part: t.clone(memory_format=torch.contiguous_format) for part, t in zip(parts, tensors)})
+        state |= {part: t.clone(memory_format=torch.contiguous_format) for part, t in zip(parts, tensors)}
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -472,11 +474,8 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
             raise UserError(f"{folder} exists; --overwrite replaces it")
     plain = absorb(fold(model))
     name = find_family(plain, family)
-    theirs = build_theirs(plain, name)
+    theirs, new_tokenizer = build_theirs(plain, name, tokenizer)
     difference = check_logits(model, theirs, max_difference)
-    if tokenizer is not None:
-        tokenizer = their_tokenizer(tokenizer, plain.config)
-        theirs.config.bos_token_id = theirs.config.eos_token_id = tokenizer.eos_token_id
 
     partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
     try:
@@ -484,8 +483,8 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
         partial.mkdir(parents=True)
         theirs.save_pretrained(partial, max_shard_size="1000GB")
         (partial / "generation_config.json").unlink(missing_ok=True)  # says nothing that config.json does not
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        if new_tokenizer is not None:
+            new_tokenizer.save_pretrained(partial)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -498,17 +497,22 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
     return name, difference
 
 
-def build_theirs(plain, name):
-    """The transformers model of the family `name` with the weights of a folded model."""
-    transformers = prepare_data.optional("transformers")
-    c = plain.config
+def build_theirs(plain, name, tokenizer):
+    """The transformers model of the family `name` with the weights of a folded model, and its tokenizer or None."""
+    transformers, new_tokenizer = prepare_data.optional("transformers"), None
     try:
-        config = transformers.AutoConfig.for_model(name, **settings_of(name, c))
+        config = transformers.AutoConfig.for_model(name, **settings_of(name, plain.config))
+        if tokenizer is not None:
+            new_tokenizer = build_tokenizer(tokenizer, plain.config)
+            config.bos_token_id = config.eos_token_id = new_tokenizer.eos_token_id
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=plain.lm_head.weight.dtype)
+        to_theirs(plain, theirs, FAMILIES[name])
+    except UserError:
+        raise
     except Exception as error:  # each class checks in its own way
-        raise UserError(f"transformers cannot build this {name}: {error}") from None
-    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=plain.lm_head.weight.dtype)
-    to_theirs(plain, theirs, FAMILIES[name])
-    return theirs
+        version = transformers.__version__
+        raise UserError(f"transformers {version} cannot build this {name} (5.24 was tried): {error}") from None
+    return theirs, new_tokenizer
 
 
 def settings_of(name, c):
@@ -548,11 +552,11 @@ def import_hf(folder, block_size=None, max_difference=1e-3):
         )
     except Exception as error:  # safetensors has an error class of its own for damaged files
         raise UserError(f"weights in {folder} cannot be read: {error}") from None
-    for what, key in ("no tensor", "missing_keys"), ("a tensor that has no place here,", "unexpected_keys"):
-        if loading[key]:
-            raise UserError(f"the weights have {what} {min(loading[key])}")
-    for tensor, shape, expected in loading["mismatched_keys"]:
-        raise UserError(f"{tensor} has shape {tuple(shape)} where the config gives {tuple(expected)}")
+    faults = [f"no tensor {tensor}" for tensor in sorted(loading["missing_keys"])]
+    faults += [f"a tensor that has no place here, {tensor}" for tensor in sorted(loading["unexpected_keys"])]
+    faults += [f"{n} of shape {tuple(s)}, the config gives {tuple(t)}" for n, s, t in loading["mismatched_keys"]]
+    if faults:
+        raise UserError(f"the weights in {folder} have {faults[0]}")
     model = from_theirs(theirs, config, FAMILIES[name])
     check_logits(model, theirs, max_difference)
     return model
@@ -618,7 +622,7 @@ def read_config(folder, name):
 # Tokenizers
 
 
-def their_tokenizer(state, config):
+def build_tokenizer(state, config):
     """The transformers tokenizer of a tokenizer state (prepare_data.tokenizer_state)."""
     transformers, encoding = prepare_data.optional("transformers"), prepare_data.build_encoding(state)
     if "json" in state:

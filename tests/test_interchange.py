@@ -373,7 +373,7 @@ def test_damaged_weights(transformers, tmp_path):
     for change, message in [
         (lambda t: t.pop(lost), f"no tensor {lost}"),
         (lambda t: t.update(more=torch.ones(2)), "a tensor that has no place here, more"),
-        (lambda t: t.update({lost: torch.ones(2, 3)}), rf"{lost} has shape \(2, 3\) where the config gives \(88, 32\)"),
+        (lambda t: t.update({lost: torch.ones(2, 3)}), rf"{lost} of shape \(2, 3\), the config gives \(88, 32\)"),
     ]:
         tensors = dict(whole)
         change(tensors)
