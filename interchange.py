@@ -361,6 +361,13 @@ def find_family(model, name=None):
 # Their tensors and ours
 
 
+def load_transformers():
+    """The library transformers; UserError if it or one that it needs here is not installed."""
+    for name in ("safetensors", "tokenizers"):
+        prepare_data.optional(name, "transformers")
+    return prepare_data.optional("transformers")
+
+
 def tensor_names(family, config, ours, theirs):
     """{their name: our names} for the tensors of two models; `ours` and `theirs` are their state dicts. UserError for a
     tensor without counterpart."""
@@ -373,7 +380,7 @@ def tensor_names(family, config, ours, theirs):
     named = {part for parts in rows.values() for part in parts}
     left = (theirs.keys() ^ rows.keys()) | (ours.keys() ^ named)
     if left:
-        version = prepare_data.optional("transformers").__version__
+        version = load_transformers().__version__
         raise UserError(f"{min(left)} has no counterpart in the table; it is for transformers 5.24, here is {version}")
     return rows
 
@@ -499,7 +506,7 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
 
 def build_theirs(plain, name, tokenizer):
     """The transformers model of the family `name` with the weights of a folded model, and its tokenizer or None."""
-    transformers, new_tokenizer = prepare_data.optional("transformers"), None
+    transformers, new_tokenizer = load_transformers(), None
     try:
         config = transformers.AutoConfig.for_model(name, **settings_of(name, plain.config))
         if tokenizer is not None:
@@ -542,7 +549,7 @@ def import_hf(folder, block_size=None, max_difference=1e-3):
         raise UserError(f"block_size {block_size} is longer than the {config.block_size} of {folder}")
     config.block_size = block_size or config.block_size
     try:
-        theirs, loading = prepare_data.optional("transformers").AutoModelForCausalLM.from_pretrained(
+        theirs, loading = load_transformers().AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -587,7 +594,7 @@ def read_config(folder, name):
 
     What it holds is what an export of it would write: any other setting of theirs has to be without effect.
     """
-    transformers, family = prepare_data.optional("transformers"), FAMILIES[name]
+    transformers, family = load_transformers(), FAMILIES[name]
     try:
         theirs = transformers.AutoConfig.from_pretrained(folder, **LOCAL_AND_SAFE)
         fields = {ours: getattr(theirs, setting, None) for setting, ours in (SETTINGS | family.settings).items()}
@@ -624,7 +631,7 @@ def read_config(folder, name):
 
 def build_tokenizer(state, config):
     """The transformers tokenizer of a tokenizer state (prepare_data.tokenizer_state)."""
-    transformers, encoding = prepare_data.optional("transformers"), prepare_data.build_encoding(state)
+    transformers, encoding = load_transformers(), prepare_data.build_encoding(state)
     if "json" in state:
         tokenizer, end = prepare_data.optional("tokenizers").Tokenizer.from_str(state["json"]), state["eot_token"]
     else:
@@ -655,7 +662,7 @@ def import_tokenizer(folder):
     config, path = check_folder(Path(folder)), Path(folder) / "tokenizer.json"
     if not path.exists():
         raise UserError(f"there is no {path}")
-    tokenizers = prepare_data.optional("tokenizers")
+    tokenizers = prepare_data.optional("tokenizers", "transformers")
     try:
         words = {number: word for word, number in tokenizers.Tokenizer.from_file(str(path)).get_vocab().items()}
         begin, end = config.get("bos_token_id"), config.get("eos_token_id")

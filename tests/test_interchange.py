@@ -580,11 +580,11 @@ def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def test_mistakes_come_before_a_missing_library(tmp_path, monkeypatch, program):
+@pytest.mark.parametrize("missing", ["transformers", "safetensors", "tokenizers"])
+def test_mistakes_come_before_a_missing_library(missing, tmp_path, monkeypatch, program):
     """transformers is named where it is needed, and not before what is wrong in any case."""
     monkeypatch.chdir(tmp_path)
-    for name in ("transformers", "safetensors", "tokenizers"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, missing, None)
     for name, config in (("run", small("pre")), ("post", small("post"))):
         Path(name).mkdir()
         interchange.save_run(GPT(config), Path(name), None)
