@@ -14,7 +14,7 @@ import interchange
 import prepare_data
 import train
 from configurator import UserError
-from interchange import FAMILIES, export_hf, fold, import_hf, import_tokenizer, tokenizer_files
+from interchange import FAMILIES, export_hf, fold, import_hf, import_tokenizer
 from model import GPAS_ACTS, GPAS_POSITIONS, GPT, SCHEMES, GPTConfig, Norm
 
 GATED = ["gpas_" + name for name in SCHEMES]
@@ -161,7 +161,7 @@ def test_transformers_gives_the_same_logits(family, kwargs, transformers, tmp_pa
     name, difference = export_hf(model, tmp_path / "there", BYTE)
     assert name == family and difference < 1e-4
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "there").eval()
-    assert type(theirs).__name__ == FAMILIES[family].architecture
+    assert theirs.config.model_type == family
     idx, _ = batch(model.config, T=64)
     with torch.no_grad():
         ours, logits = model(idx)[0], theirs(idx).logits
@@ -179,8 +179,7 @@ def test_transformers_gives_the_same_logits(family, kwargs, transformers, tmp_pa
         assert (other(idx)[0] - ours).abs().max() < 1e-4
 
 
-def test_a_pruned_model_is_exported(tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+def test_a_pruned_model_is_exported(transformers, tmp_path):
     model = trained(small("gpas_lns", vocab_size=257)).eval()
     del model.blocks[1]
     export_hf(model, tmp_path / "there")
@@ -191,28 +190,35 @@ def test_a_pruned_model_is_exported(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(norm="post"), "norm post has no counterpart in transformers; .* llama, but it has norms at A, not C"),
-        (dict(norm="gpas_mix"), "it has norms at A, not A and C"),
-        (dict(norm="hybrid"), "norms at A, not A and C and none"),
-        (dict(norm="out"), "its qk_norm is full, not none"),
-        (dict(norm="pre", norm_type="layernorm"), "its norm is not layernorm"),
-        (dict(norm="pre", qk_norm="head", v_norm=True), "it has no norm on values"),
-        (dict(norm="pre", qk_norm="full"), "qk_norm"),
-        (dict(norm="pre", normalize_gates=False, **EXPERTS), r"gates of its experts sum to 1 \(normalize_gates\)"),
-        (dict(norm="peri", **EXPERTS), "experts"),
+        (dict(norm="post"), "post has no counterpart in transformers; .* llama, but its place of norms is A, not C"),
+        (dict(norm="gpas_mix"), "its place of norms is A, not A and C"),
+        (dict(norm="hybrid"), "its place of norms is A, not A and C and none"),
+        (dict(norm="out"), "olmo2, but its qk_norm is full, not none"),
+        (dict(norm="pre", norm_type="layernorm"), "its norm_type is rmsnorm, not layernorm"),
+        (dict(norm="pre", qk_norm="head", v_norm=True), "its v_norm is False, not True"),
+        (dict(norm="pre", qk_norm="full"), "its qk_norm is none, not full"),
+        (dict(norm="pre", qkv_bias=True, head_dim=12), "qwen2, but its head_dim is 8, not 12"),
+        (dict(norm="pre", normalize_gates=False, **EXPERTS), "mixtral, but its normalize_gates is True, not False"),
+        (dict(norm="pre", moe_from=2, **EXPERTS), "mixtral, but its number of layers with experts is 4, not 3"),
+        (dict(norm="peri", **EXPERTS), "glm4, but its use of experts is False, not True"),
         (dict(norm="peri", tie_embeddings=True), "the embedding's norm cannot go into a table that is the head"),
     ],
     ids=lambda x: "" if isinstance(x, str) else " ".join(map(str, x.values())),
 )
 def test_a_model_without_counterpart(kwargs, message, tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
     with pytest.raises(UserError, match=message):
         export_hf(GPT(small(**kwargs)), tmp_path / "there")
     assert not list(tmp_path.iterdir())
 
 
-def test_export_refuses_a_difference(tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+def test_a_family_by_name(tmp_path):
+    with pytest.raises(UserError, match="a model of norm pre is not qwen3, but its qk_norm is head, not none"):
+        export_hf(GPT(small("pre")), tmp_path / "there", family="qwen3")
+    with pytest.raises(UserError, match="unknown family 'gpt2'; known: llama"):
+        export_hf(GPT(small("pre")), tmp_path / "there", family="gpt2")
+
+
+def test_export_refuses_a_difference(transformers, tmp_path):
     model = trained(small("gpas_pre", norm_eps=0.1, vocab_size=257))  # an eps that matters cannot be one for all norms
     with pytest.raises(UserError, match="as llama its logits differ by .*, more than max_difference 0.001"):
         export_hf(model, tmp_path / "there")
@@ -259,8 +265,7 @@ def test_import_gives_the_logits_of_transformers(name, transformers, tmp_path):
     assert (ours.argmax(-1) == logits.argmax(-1)).all()
 
 
-def test_export_replaces_an_export_only(tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+def test_export_replaces_an_export_only(transformers, tmp_path):
     model = GPT(small("pre"))
     export_hf(model, tmp_path / "there")
     with pytest.raises(UserError, match="there exists; --overwrite replaces it"):
@@ -272,18 +277,18 @@ def test_export_replaces_an_export_only(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years" and (tmp_path / "there" / "config.json").exists()
 
 
-def test_damaged_config(tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+def test_damaged_config(transformers, tmp_path):
     export_hf(GPT(small("pre")), tmp_path / "there")
     path = tmp_path / "there" / "config.json"
     good = json.loads(path.read_text())
-    for change in (dict(model_type=[1]), dict(rope_scaling="x"), dict(rope_theta="x"), dict(sliding_window="x")):
+    for change in (dict(rope_parameters="x"), dict(rope_parameters=[1]), dict(vocab_size=None)):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(UserError, match="config.json is damaged"):
             import_hf(tmp_path / "there")
     path.write_text(json.dumps(good))
     with pytest.raises(UserError, match="block_size 17 is longer than the 16 of"):
         import_hf(tmp_path / "there", block_size=17)
+    assert import_hf(tmp_path / "there", block_size=8).config.block_size == 8
 
 
 def distance_of(a, b):
@@ -291,59 +296,88 @@ def distance_of(a, b):
 
 
 LLAMA = dict(model_type="llama", rms_norm_eps=1e-6, **SMALL)
+GRANITE = dict(model_type="granitemoeshared", attention_multiplier=8**-0.5, **MOE)
+
+
+def read_config(config, folder):
+    """The GPTConfig of a folder with this config.json and a file of weights that nobody opens."""
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").touch()
+    return interchange.read_config(folder, interchange.check_folder(folder)["model_type"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(model_type="gpt2"), "unknown model_type 'gpt2'; known: llama, qwen2"),
+        (dict(model_type=[1]), r"unknown model_type \[1\]; known: llama, qwen2"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'; only 'silu'"),
         (dict(attention_bias=True), "attention_bias True; only False"),
         (dict(mlp_bias=True), "mlp_bias True; only False"),
-        (dict(sliding_window=32), "sliding_window 32, and attention here has no window"),
-        (dict(layer_types=["sliding_attention"]), "layer_types"),
+        (dict(sliding_window=32), "sliding_window 32; only None"),
+        (dict(model_type="mixtral", sliding_window=32, **MOE), "sliding_window 32; only None"),
+        (dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1), "sliding_window"),
+        (dict(layer_types=["sliding_attention"] * 3), "layer_types"),
         (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope_scaling has rope_type 'yarn'; known: linear, llama3"),
-        (dict(rope_scaling=dict(rope_type="linear")), "rope_scaling of type linear needs positive numbers factor"),
+        (dict(rope_scaling=dict(rope_type="linear")), "Missing required keys in .*linear.*factor"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5; heads here are rotated whole"),
-        (dict(quantization_config={"bits": 4}), "quantization_config .* which nothing here represents"),
-        (dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0, which nothing here represents"),
-        (dict(hidden_size=30), "n_embd 30 is not divisible by n_head 4"),
-        (dict(hidden_size=None), "config.json gives n_embd as None; it must be int"),
-        (dict(vocab_size="abc"), "config.json gives vocab_size as 'abc'; it must be int"),
-        (dict(max_position_embeddings=2.5), "config.json gives block_size as 2.5; it must be int"),
-        (dict(rms_norm_eps=True), "config.json gives norm_eps as True; it must be float"),
+        (dict(model_type="glm4", head_dim=8), "partial_rotary_factor 0.5; heads here are rotated whole"),
+        (dict(model_type="glm4", head_dim=8, partial_rotary_factor=1.0), "attention_bias True; only False"),
+        (dict(quantization_config={"bits": 4}), "quantization_config .*; only None"),
+        (dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0; only None"),
+        (dict(auto_map={"AutoModelForCausalLM": "modeling.Own"}), "auto_map .*; only None"),
+        (dict(hidden_size=30), "hidden size .30. is not a multiple of the number of attention heads .4."),
+        (dict(hidden_size=20), "even rotary dimension, but got `head_dim`=5"),
+        (dict(hidden_size=None), "hidden_size.* expected int, got NoneType"),
+        (dict(vocab_size="abc"), "vocab_size.* expected int, got str"),
+        (dict(max_position_embeddings=2.5), "max_position_embeddings.* expected int, got float"),
+        (dict(rms_norm_eps=-1.0), "norm_eps"),
         (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0, 1, 2]), "experts in layers"),
-        (dict(model_type="granitemoeshared", attention_multiplier=1.0, **MOE), "attention_multiplier is 1.0"),
+        (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0]), "experts of width 768 beside dense layers of width"),
+        (dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2, clip_qkv=8.0), "clip_qkv 8.0; only None"),
+        (dict(model_type="granitemoeshared", attention_multiplier=1.0, **MOE), "attention_multiplier 1.0; only 0.3535"),
+        ({**GRANITE, "shared_intermediate_size": 60}, "shared_intermediate_size 60; only 40"),
+        ({**GRANITE, "logits_scaling": 2.0}, "logits_scaling 2.0; only 1.0"),
     ],
     ids=lambda x: "" if isinstance(x, str) else " ".join(map(str, x)),
 )
-def test_a_setting_that_cannot_be_represented(change, message):
-    with pytest.raises(UserError, match=message):
-        interchange.fields_of({**LLAMA, **change})
+def test_a_setting_that_cannot_be_represented(change, message, transformers, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        read_config({**LLAMA, **change}, tmp_path)
+    assert len(str(error.value)) < 400
 
 
-def test_settings_that_have_no_effect_here():
-    ignored = dict(sliding_window=32, use_sliding_window=False, use_cache=True, torch_dtype="bfloat16")
-    _, config = interchange.fields_of({**LLAMA, **ignored, "_name_or_path": "x", "rope_theta": 5000.0})
+def test_settings_that_are_read(transformers, tmp_path):
+    ignored = dict(use_cache=True, torch_dtype="bfloat16", attention_dropout=0.1, _name_or_path="x", use_nothing=False)
+    config = read_config({**LLAMA, **ignored, "rope_theta": 5000.0}, tmp_path)
     assert config.rope_theta == 5000 and config.n_kv_head == 2 and config.norm == "pre" and config.block_size == 64
-    with pytest.raises(UserError, match="config.json has no rms_norm_eps"):
-        interchange.fields_of({name: value for name, value in LLAMA.items() if name != "rms_norm_eps"})
+    config = read_config({**LLAMA, "rope_scaling": dict(type="linear", factor=2.0)}, tmp_path)
+    assert config.rope_scaling == dict(rope_type="linear", factor=2.0) and config.rope_theta == 10000
+    config = read_config({**LLAMA, "model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False}, tmp_path)
+    assert config.qkv_bias
+    config = read_config({**LLAMA, "model_type": "mixtral", **MOE}, tmp_path)
+    assert config.rope_theta == 1e6 and config.n_expert == 4  # what transformers takes where a file is silent
+    every_second = dict(model_type="qwen3_moe", decoder_sparse_step=2, moe_intermediate_size=40, **MOE)
+    config = read_config({**LLAMA, **every_second, "num_hidden_layers": 4}, tmp_path)
+    assert config.head_dim == 8
+    assert (config.moe_from, config.moe_every, config.n_expert, config.n_hidden) == (2, 2, 4, 40)
 
 
-def test_damaged_weights(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+def test_damaged_weights(transformers, tmp_path):
+    import safetensors.torch
+
     export_hf(GPT(small("pre")), tmp_path / "there")
     path = tmp_path / "there" / "model.safetensors"
-    whole = safetensors.load_file(path)
+    whole = safetensors.torch.load_file(path)
     lost = "model.layers.2.mlp.up_proj.weight"
     for change, message in [
         (lambda t: t.pop(lost), f"no tensor {lost}"),
         (lambda t: t.update(more=torch.ones(2)), "a tensor that has no place here, more"),
-        (lambda t: t.update({lost: torch.ones(2, 3)}), rf"{lost} has shape \(2, 3\) where the config gives \(88, 32\)"),
+        (lambda t: t.update({lost: torch.ones(2, 3)}), rf"{lost} of shape \(2, 3\), the config gives \(88, 32\)"),
     ]:
         tensors = dict(whole)
         change(tensors)
-        safetensors.save_file(tensors, path)
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
         with pytest.raises(UserError, match=message):
             import_hf(tmp_path / "there")
     path.write_bytes(b"nothing")
@@ -356,69 +390,135 @@ def test_damaged_weights(tmp_path):
         import_hf(tmp_path / "nowhere")
 
 
+def test_other_weights_than_safetensors_are_not_opened(transformers, tmp_path):
+    export_hf(GPT(small("pre")), tmp_path / "there")
+    (tmp_path / "there" / "model.safetensors").rename(tmp_path / "there" / "other.safetensors")
+    (tmp_path / "there" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
+    with pytest.raises(UserError, match="weights in .*there cannot be read: .*no file named model.safetensors"):
+        import_hf(tmp_path / "there")
+    assert not Path("opened").exists()
+
+
+def test_a_tensor_that_the_table_does_not_know(transformers, monkeypatch, tmp_path):
+    export_hf(GPT(small("pre")), tmp_path / "there")
+    row = FAMILIES["llama"]
+    fewer = {theirs: ours for theirs, ours in row.tensors.items() if "up_proj" not in theirs}
+    monkeypatch.setitem(FAMILIES, "llama", interchange.replace(row, tensors=fewer))
+    for use in (lambda: import_hf(tmp_path / "there"), lambda: export_hf(GPT(small("pre")), tmp_path / "again")):
+        with pytest.raises(UserError, match="up_proj.weight has no counterpart in the table; it is for transformers"):
+            use()
+
+
+def test_import_refuses_a_difference(transformers, monkeypatch, tmp_path):
+    export_hf(trained(small("pre", vocab_size=257)), tmp_path / "there")
+    monkeypatch.setattr(interchange, "NO_EFFECT", interchange.NO_EFFECT | {"hidden_act"})  # a check that was forgotten
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    (tmp_path / "there" / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    with pytest.raises(UserError, match="as llama its logits differ by .*, more than max_difference 0.001"):
+        import_hf(tmp_path / "there")
+
+
 # -- tokenizers and the program ----------------------------------------------------------------------------------------
 
 TEXT = "def f(x):\n\treturn  x  # größer, 数, 🙂 <|endoftext|>\r\n   the theatre's 12345 ends\n\n"
 
 
-def byte_pairs():
-    """A tokenizer state of 256 bytes and 200 merges of this file's most frequent pairs, by tiktoken's own trainer."""
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def byte_pairs(gap=0):
+    """A tokenizer state of 256 bytes and 200 merges of this file's most frequent pairs, by tiktoken's own trainer; two
+    special tokens, after as many unused numbers as `gap`."""
     from tiktoken._educational import bpe_train
 
-    ranks = bpe_train(Path(__file__).read_text()[:4000], 456, interchange.GPT2_PATTERN, visualise=None)
-    special = {"<|endoftext|>": len(ranks)}
-    encoding = tiktoken.Encoding("own", pat_str=interchange.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    ranks = bpe_train(Path(__file__).read_text()[:4000], 456, PATTERN, visualise=None)
+    special = {"<|middle|>": len(ranks) + gap + 1, "<|endoftext|>": len(ranks) + gap}
+    encoding = tiktoken.Encoding("own", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
     return prepare_data.tokenizer_state(encoding)
 
 
-@pytest.mark.parametrize("make", [lambda: BYTE, byte_pairs], ids=["byte", "byte pairs"])
+STATES = {"byte": lambda: BYTE, "byte pairs": byte_pairs, "numbers with a gap": lambda: byte_pairs(5)}
+
+
+@pytest.mark.parametrize("make", STATES.values(), ids=STATES)
 def test_tokenizers_agree(make, transformers, tmp_path):
     state = make()
     encoding = prepare_data.build_encoding(state)
+    export_hf(GPT(small("pre", vocab_size=encoding.n_vocab)), tmp_path / "there", state)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
     text = TEXT + Path(__file__).read_text()
-    for name, content in tokenizer_files(state, GPTConfig()).items():
-        (tmp_path / name).write_text(json.dumps(content))
-    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": encoding.eot_token}))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    expected = list(map(int, prepare_data.encode(encoding, text.replace("<|endoftext|>", ""))))
-    assert theirs(text.replace("<|endoftext|>", ""))["input_ids"] == expected
-    assert theirs.decode(expected) == text.replace("<|endoftext|>", "")
+    plain = text.replace("<|endoftext|>", "").replace("<|middle|>", "")
+    expected = list(map(int, prepare_data.encode(encoding, plain)))
+    assert theirs(plain)["input_ids"] == expected
+    assert theirs.decode(expected) == plain
+    for word, number in encoding._special_tokens.items():
+        assert theirs.convert_tokens_to_ids(word) == number and theirs("a" + word)["input_ids"][-1] == number
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    assert theirs.bos_token_id == theirs.eos_token_id == config["bos_token_id"] == config["eos_token_id"]
     assert theirs.eos_token_id == encoding.eot_token
 
-    back, why = import_tokenizer(tmp_path)
-    assert why is None
+    back = import_tokenizer(tmp_path / "there")
     again = prepare_data.build_encoding(back)
-    assert again.encode_ordinary(text) == list(map(int, prepare_data.encode(encoding, text)))
-    assert again.eot_token == encoding.eot_token
+    assert list(again.encode(text)) == list(prepare_data.encode(encoding, text))  # special words are ordinary text
+    assert again.eot_token == encoding.eot_token and again.n_vocab == encoding.n_vocab
 
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    cases = (dict(normalizer={"type": "NFC"}), "normalizer NFC"), (dict(pre_tokenizer=None), "pre-tokenizer")
-    for change, message in cases:
-        (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **change}))
-        back, why = import_tokenizer(tmp_path)
-        assert back is None and message in why
+    # What came from a tokenizer.json goes out as that file.
+    export_hf(GPT(small("pre", vocab_size=encoding.n_vocab)), tmp_path / "further", back)
+    further = transformers.AutoTokenizer.from_pretrained(tmp_path / "further")
+    assert further(plain)["input_ids"] == expected and further.eos_token_id == encoding.eot_token
 
 
-def test_program_there_and_back(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+def test_the_token_between_documents(transformers, tmp_path):
+    """The one that begins their texts, or else the first that ends them, or else a usual one."""
+    export_hf(GPT(small("pre", vocab_size=500)), tmp_path / "there", byte_pairs())
+    path = tmp_path / "there" / "config.json"
+    config = json.loads(path.read_text())
+    middle = import_tokenizer(tmp_path / "there")["json"].index("<|middle|>") and 457
+    for begin, end, expected in [
+        (middle, 456, "<|middle|>"),
+        (None, [middle, 456], "<|middle|>"),
+        (9999, None, "<|endoftext|>"),
+        (None, None, "<|endoftext|>"),
+    ]:
+        path.write_text(json.dumps({**config, "bos_token_id": begin, "eos_token_id": end}))
+        assert import_tokenizer(tmp_path / "there")["eot_token"] == expected
+    (tmp_path / "there" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        import_tokenizer(tmp_path / "there")
+    (tmp_path / "there" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="there is no .*tokenizer.json"):
+        import_tokenizer(tmp_path / "there")
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Runs a program's main with arguments and returns what it prints."""
+
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", ["program", *args])
+        module.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_program_there_and_back(tmp_path, monkeypatch, program, transformers):
     monkeypatch.chdir(tmp_path)
     model = trained(small("gpas_lns", vocab_size=257, block_size=32)).eval()
     Path("run").mkdir()
     interchange.save_run(model, Path("run"), BYTE)
 
-    def program(module, *args):
-        monkeypatch.setattr(sys, "argv", ["program", *args])
-        module.main()
-        return capsys.readouterr().out
-
-    assert "LlamaForCausalLM, logits within" in program(interchange, "--export=hf", "--out_dir=run", "--to=there")
+    out = program(interchange, "--export=hf", "--out_dir=run", "--to=there")
+    assert "wrote there: a llama, logits within" in out
+    assert {path.name for path in Path("there").iterdir()} == interchange.EXPORTED
     Path("text").mkdir()
     for i in range(8):
         Path(f"text/{i}.txt").write_text(TEXT * 5 + str(i))
     out = program(interchange, "--import_from=there", "--out_dir=back", "--text=text")
     assert "wrote back/ckpt.pt" in out and "without" not in out
     again = "--import_from=there", "--out_dir=back", "--text=text", "--overwrite"
+    with pytest.raises(UserError, match="back holds a run; --overwrite replaces it"):
+        program(interchange, *again[:-1])
     assert "wrote back/data" in program(interchange, *again)
     with pytest.raises(UserError, match="nowhere"):
         program(interchange, *again[:2], "--text=nowhere", "--overwrite")
@@ -432,7 +532,7 @@ def test_program_there_and_back(tmp_path, monkeypatch, capsys):
     assert not Path("fresh/ckpt.pt").exists()
     assert "held out" in program(interchange, again[0], "--out_dir=one", "--text=text/0.txt")  # a single document
     Path("back/data/notes.md").write_text("mine")
-    with pytest.raises(UserError, match="holds notes.md: it is not the data of an import"):
+    with pytest.raises(UserError, match="back/data is not a data set: it holds notes.md"):
         program(interchange, *again)
     Path("back/data/notes.md").unlink()
     idx, _ = batch(model.config)
@@ -444,13 +544,29 @@ def test_program_there_and_back(tmp_path, monkeypatch, capsys):
     assert "done" in program(train, *more, "--dtype=float32", "--sample_tokens=5")
 
 
+def test_a_run_without_a_tokenizer(tmp_path, monkeypatch, program, transformers):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    interchange.save_run(GPT(small("pre")), Path("run"), None)
+    assert "without a tokenizer: the run's data" in program(interchange, "--export=hf", "--out_dir=run", "--to=there")
+    out = program(interchange, "--import_from=there", "--out_dir=back")
+    assert "without a tokenizer, so that it cannot be sampled: there is no there/tokenizer.json" in out
+    Path("some.txt").write_text(TEXT)
+    with pytest.raises(UserError, match="--text needs the model's tokenizer: there is no there/tokenizer.json"):
+        program(interchange, "--import_from=there", "--out_dir=other", "--text=some.txt")
+    assert not Path("other").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ("", "give either --export=hf or --import_from=FOLDER"),
-        ("--export=onnx --out_dir=x --to=y", "export is 'onnx'; known: hf"),
+        ("--export=onnx --out_dir=x --to=y", "unknown export 'onnx'; known: hf"),
         ("--export=hf --out_dir=x", "give a folder with --to=FOLDER"),
         ("--import_from=x --out_dir=y --to=z", "to has no effect here"),
+        ("--export=hf --out_dir=x --to=y --family=gpt2", "unknown family 'gpt2'; known: llama"),
+        ("--export=hf --out_dir=x --to=y --max_difference=0", "max_difference is 0.0; it must be at least"),
+        ("--import_from=x --out_dir=y --block_size=0", "block_size is 0; it must be at least 1"),
         ("--export=hf --out_dir=nowhere --to=y", "no checkpoint nowhere/ckpt.pt"),
         ("--import_from=nowhere --out_dir=y", "nowhere/config.json: No such file or directory"),
     ],
@@ -464,6 +580,29 @@ def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def test_a_missing_package_is_named():
-    with pytest.raises(UserError, match="pip install nothing"):
-        prepare_data.optional("no_such_module", "nothing")
+@pytest.mark.parametrize("missing", ["transformers", "safetensors", "tokenizers"])
+def test_mistakes_come_before_a_missing_library(missing, tmp_path, monkeypatch, program):
+    """transformers is named where it is needed, and not before what is wrong in any case."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name, config in (("run", small("pre")), ("post", small("post"))):
+        Path(name).mkdir()
+        interchange.save_run(GPT(config), Path(name), None)
+    Path("there").mkdir()
+    Path("there/config.json").write_text(json.dumps(LLAMA))
+    export, into = "--export=hf", "--import_from=there"
+    with pytest.raises(UserError, match="a model of norm post has no counterpart"):
+        program(interchange, export, "--out_dir=post", "--to=x")
+    with pytest.raises(UserError, match="run is not an export, it holds ckpt.pt"):
+        program(interchange, export, "--out_dir=run", "--to=run", "--overwrite")
+    with pytest.raises(UserError, match="there has no model.safetensors"):
+        program(interchange, into, "--out_dir=x")
+    Path("there/model.safetensors").touch()
+    with pytest.raises(UserError, match="run holds a run"):
+        program(interchange, into, "--out_dir=run")
+    with pytest.raises(UserError, match="nowhere"):
+        program(interchange, into, "--out_dir=x", "--text=nowhere")
+    for args in (export, "--out_dir=run", "--to=x"), (into, "--out_dir=x"):
+        with pytest.raises(UserError, match="this needs the optional library transformers: pip install transformers"):
+            program(interchange, *args)
+    assert not Path("x").exists()
