@@ -12,13 +12,17 @@ a norm: A before f, B after f, C after the addition (Peri-LN Figure 2).
     with a norm at C:      x <- C(alpha * omega * gpas(x) + h)      the gate scales the shortcut
     without one at C:      x <- gpas(x + h)                         the gate scales the stream
 
-A place without a norm leaves its input as it is. s, b, alpha and omega are 1, and gpas does nothing, unless a row of
-the table or a setting says otherwise. The table is SCHEMES, the equation is the class Residual; a new placement is a
-new row. Everything that is not a matter of place (the kind of norm, b, the initialization, GPAS's activation) is a
-setting of GPTConfig that combines with every row. The rest is a plain Llama.
+A place without a norm leaves its input as it is. gpas(x) multiplies x by 1 - act(a) in the forward pass and leaves its
+gradient alone; a, the gate, is one learned number per layer. It does nothing in schemes without gates, and s, b, alpha
+and omega are 1, unless the table or a setting says otherwise.
+
+The table is SCHEMES: a row says where the norms are and gives s, alpha and omega, and a new placement is a new row. The
+equation is the class Residual. What combines with every row (the kind of norm, b, the initialization, the gate's act)
+is a setting of GPTConfig. The rest is a plain Llama.
 
 The file tells this story up to GPT.forward. What follows can be skipped at first: generation, what a training loop
-asks, initialization, experts, the form of gpas that saves memory, checks, saved models. Docstrings cite the papers so:
+asks, initialization, losses, the cache of keys and values, experts, the form of gpas that saves memory, longer
+contexts, checks, saved models. Docstrings cite the papers so:
 
     GPAS     Gradient-Preserving Activation Scaling, arXiv 2506.22049
     LNS      The Curse of Depth in Large Language Models (LayerNorm Scaling), arXiv 2502.05795
@@ -44,7 +48,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Types of settings with their least and greatest value. Annotated[str, TABLE] is the name of a row of that table.
+# Types of settings with their least and greatest value. Annotated[str, TABLE] is the name of a row of that table, which
+# may come later in this file.
 COUNT = Annotated[int, (1, 2**31 - 1)]
 NATURAL = Annotated[int, (0, 2**31 - 1)]
 POSITIVE = Annotated[float, (1e-300, 1e300)]
@@ -93,13 +98,13 @@ class GPTConfig:
     qk_norm_type: Annotated[str | None, NORM_TYPES] = None  # kind of that norm; none: norm_type (Peri-LN: layernorm)
     v_norm: bool | None = None  # values too, in the same way
     mix_ratio: SHARE = 0.25  # mix: share of the layers, from the first, that are Post-LN
-    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: s after the norm, on branch or residual; gain: learned
+    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: s on A(x), on h, on x + h; gain: A's gain starts at s
     freeze_out_gain: bool = False  # the gains of the norms at B stay at 1 (Peri-LN section 5.3)
     branch_scale: Annotated[str | None, BRANCH_SCALES] = None  # learned factor on the branch: a scalar, or a diagonal
     layerscale_init: FINITE = 1e-4  # layerscale: initial value
     # gpas
     gpas_act: Annotated[str, GPAS_ACTS] = "silu"  # the gate a scales by 1 - act(a)
-    gpas_position: Annotated[str, GPAS_POSITIONS] = "sublayer"  # after or before the sub-layer, after norm A, on h
+    gpas_position: Annotated[str, GPAS_POSITIONS] = "sublayer"  # on the stream after or before it, on A(x), or on h
     gpas_stop_gradient: bool = True  # false: naive scaling
     gate_init: FINITE | None = None  # initial value of the gates; none: 0, for relu 0.01
     gate_per: Literal["layer", "sublayer"] = "layer"  # one gate for both sub-layers, or one each
@@ -135,10 +140,7 @@ class Scheme:
     """One row: which of A, B and C carry a norm in which sub-layers, the constants that go with them, and the settings
     of GPTConfig that the method brings along (each can be set otherwise). l = 1..L is the layer."""
 
-    norms: str  # the places that carry a norm: any of A, B, C
-    mlp_norms: str | None = None  # the same for the MLP, where it differs from the attention
-    first_norms: str | None = None  # the same for both in the first layers, where they differ
-    n_first: Callable[[GPTConfig], int] | None = None  # how many layers that are
+    norms: str | Callable  # the places that carry a norm: any of A, B, C; or (config, l, is_mlp) -> these places
     alpha: Callable[[int], float] | None = None  # L -> the factor on the shortcut before C
     s: Callable[[int], float] | None = None  # l -> the factor after A
     omega: bool = False  # a learned factor on the shortcut before C, one per dimension (Admin)
@@ -152,20 +154,29 @@ class Scheme:
     init: str = "normal"
 
     def __post_init__(self):
-        rows = [places for places in (self.norms, self.mlp_norms, self.first_norms) if places is not None]
-        if not set("".join(rows)) <= set("ABC") or not "".join(rows):
-            raise ValueError(f"a scheme needs norms at A, B or C, got {rows}")
-        if (self.first_norms is None) != (self.n_first is None):
-            raise ValueError("first_norms and n_first go together")
-        for constant, place in (("alpha", "C"), ("omega", "C"), ("b2t", "C"), ("s", "A")):
-            if getattr(self, constant) and not all(place in places for places in rows):
-                raise ValueError(f"{constant} acts beside the norm {place}: every sub-layer needs one there")
+        if isinstance(self.norms, str):
+            self.places(config=None, l=1, is_mlp=False)
 
     def places(self, config, l, is_mlp):
-        """The places with a norm in a sub-layer of layer l."""
-        if self.n_first and l <= self.n_first(config):
-            return self.first_norms
-        return self.mlp_norms if is_mlp and self.mlp_norms is not None else self.norms
+        """The places with a norm in a sub-layer of layer l. ValueError for a constant that has no effect there."""
+        places = self.norms if isinstance(self.norms, str) else self.norms(config, l, is_mlp)
+        if not set(places) <= set("ABC") or self.norms == "":
+            raise ValueError(f"a scheme needs norms at A, B or C, got {places!r}")
+        for constant, place in (("alpha", "C"), ("omega", "C"), ("b2t", "C"), ("s", "A")):
+            if getattr(self, constant) and place not in places:
+                raise ValueError(f"{constant} acts beside the norm {place}; a sub-layer has norms at {places!r} only")
+        return places
+
+
+def mix_norms(c, l, is_mlp):
+    """Mix-LN: the first layers are Post-LN, the others Pre-LN."""
+    return "C" if l <= math.floor(c.mix_ratio * c.n_layer + 1e-9) else "A"
+
+
+def hybrid_norms(c, l, is_mlp):
+    """HybridNorm* (Zhuo et al. 2025), with normalized q, k, v: y = C(x + attention(x)), then y + MLP(y), so that the
+    MLP has no norm of its own. The first layer is Pre-LN."""
+    return "A" if l == 1 else "" if is_mlp else "C"
 
 
 # A before f, B after f, C after the addition. Each row is also a scheme with gates: gpas_<row>.
@@ -177,14 +188,12 @@ SCHEMES = {
     "out": Scheme("B"),  # x <- x + N(f(x)), OLMo 2's reordered norm
     "pre_post": Scheme("AC"),  # x <- N(x + f(N(x))), "A + C" in Peri-LN Table 5
     "deepnorm": Scheme("C", alpha=lambda L: (2 * L) ** 0.25, init="deepnorm"),  # x <- N(alpha x + f(x))
-    "mix": Scheme("A", first_norms="C", n_first=lambda c: math.floor(c.mix_ratio * c.n_layer + 1e-9)),  # Mix-LN
+    "mix": Scheme(mix_norms),  # a quarter of the layers post, the rest pre
     "lns": Scheme("A", s=lambda l: l**-0.5),  # x <- x + f(N(x) / sqrt(l)), LNS Eq. 12
     # others that the papers compare with
     "admin": Scheme("C", omega=True),  # x <- N(omega x + f(x)), Liu et al. 2020
     "b2t": Scheme("C", b2t=True),  # the MLP's: x <- N(x + f(x) + layer's input), Takase et al. 2023
-    # HybridNorm*, Zhuo et al. 2025: y = x + f(x) with normalized q, k, v; x <- N(y) + MLP(N(y)), so that the norm is
-    # the attention's C and the MLP has none; the first layer is Pre-LN with normalized q, k, v.
-    "hybrid": Scheme("C", mlp_norms="", first_norms="A", n_first=lambda c: 1, qk_norm="head", v_norm=True),
+    "hybrid": Scheme(hybrid_norms, qk_norm="head", v_norm=True),
     "olmo2": Scheme("B", qk_norm="full"),  # Peri-LN appendix H
     # names under which the papers list pre with one setting
     "group": Scheme("A", norm_type="groupnorm"),
@@ -205,13 +214,59 @@ def find_scheme(name):
     return SCHEMES[row], row != name
 
 
+def gpas(x, scale, keep=None):
+    """Gradient-preserving activation scaling (GPAS Eq. 2, 11), sg the stop-gradient, scale = 1 - act(a) of shape (1,):
+
+        gpas(x) = x - act(a) * sg(x)     forward a multiplication by 1 - act(a), backward the identity
+
+    The last line is this definition: x's gradient flows through its first term, the gate's through its second. `keep`
+    gives the same values and gradients faster, from the "input" x (..., n_embd) or from the "output", of which the
+    operations before and after may have kept one anyway (ScaleForwardOnly).
+    """
+    if keep:
+        return ScaleForwardOnly.apply(x, scale, keep == "output")
+    return x - (1 - scale) * x.detach()
+
+
+def gate_scale(gate, act="silu"):
+    """1 - act(a) of a gate a, shape (1,): what GPAS scales by. Its value, not its gradient, is kept 1e-7 away from 0,
+    since keep="output" divides by it."""
+    scale = 1 - GPAS_ACTS[act](gate)
+    away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
+    return scale + (away_from_zero - scale).detach()
+
+
+# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
+GPAS_ACTS = {
+    "silu": F.silu,
+    "identity": lambda a: a,
+    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
+    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
+    "tanh": torch.tanh,
+    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
+}
+
+# Where s and the gate act: left the papers' words, which are the settings, right the points in Residual.forward. With
+# s_position=gain there is no factor: the gain of A starts at s.
+S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
+GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
+
+# A learned factor b on the branch: its shape and initial value.
+BRANCH_SCALES = {
+    "none": None,
+    "skipinit": lambda c: ((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
+    "layerscale": lambda c: ((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
+}
+
+
 class Residual(nn.Module):
     """x -> the scheme's residual around a sub-layer f, x (B, T, n_embd) in and out:
 
         h = b * B(f(s * A(x)))
         x <- C(alpha * omega * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
 
-    The norms and the constants s and alpha belong to layer l = 1..L and stay with the module wherever its block is.
+    pre_norm is A, out_norm B and post_norm C. s and the gate can act at other points (s_position, gpas_position). The
+    module keeps the norms and constants of its layer l = 1..L when blocks are reordered or removed, as analysis does.
     """
 
     def __init__(self, config, l, is_mlp):
@@ -224,19 +279,21 @@ class Residual(nn.Module):
         self.s = scheme.s(l) if scheme.s else 1.0
         self.alpha = scheme.alpha(config.n_layer) if scheme.alpha else 1.0
         self.omega = nn.Parameter(torch.ones(config.n_embd)) if scheme.omega else None
-        b = BRANCH_SCALES[config.branch_scale]
-        self.branch_scale = nn.Parameter(torch.full(*b(config))) if b else None
-        self.branch_out = nn.Identity()  # h passes here on its way to the addition: a hook on it sees h
+        self.branch_scale = None
+        if b := BRANCH_SCALES[config.branch_scale]:
+            shape, value = b(config)
+            self.branch_scale = nn.Parameter(torch.full(shape, value))
+        self.branch_out = nn.Identity()  # a hook on it sees h, before omega, alpha, C or a gate on the stream act
         self.s_place, self.gate_place = S_POSITIONS[config.s_position], GPAS_POSITIONS[config.gpas_position]
         self.stop_gradient = config.gpas_stop_gradient
-        # What the gate's gradient is computed from: the tensor that its neighbour keeps in memory in any case.
+        # For memory: the norm that reads the stream next keeps the gate's output, a norm at C the shortcut's input.
         self.keep = "input" if "C" in places and self.gate_place == "stream" else "output"
         if config.freeze_out_gain and "B" in places:
             self.out_norm.weight.requires_grad_(False)
 
     def forward(self, x, f, scale=None, bottom=None):
         """x (B, T, n_embd). `scale` is 1 - act(a), shape (1,), None without gates; `bottom`, of x's shape, is what b2t
-        adds before C, None without."""
+        adds to h before C, None without."""
         x = self.at("before", x, scale)
         h = self.branch(x, f, scale)
         if self.post_norm is None:
@@ -255,57 +312,14 @@ class Residual(nn.Module):
             h = self.branch_scale * h
         return self.branch_out(self.at("branch", h, scale))
 
-    def at(self, place, x, scale):
-        """x, multiplied by s and by the gate's scale where this is their place: "before" the sub-layer, after the
-        "norm" A, on the "branch" h, or on the "stream" (the shortcut where there is a C)."""
-        if place == self.s_place and self.s != 1:
+    def at(self, point, x, scale):
+        """x, multiplied by s and by the gate's scale if they act at this point: "before" the sub-layer, on the "norm"
+        A(x), on the "branch" h, or on the "stream", which is the shortcut where there is a C and x + h without."""
+        if point == self.s_place and self.s != 1:
             x = self.s * x
-        if place == self.gate_place and scale is not None:
+        if point == self.gate_place and scale is not None:
             x = gpas(x, scale, self.keep) if self.stop_gradient else scale * x  # without it: naive scaling, GPAS Eq. 12
         return x
-
-
-def gpas(x, scale, keep=None):
-    """Gradient-preserving activation scaling (GPAS Eq. 2, 11), sg the stop-gradient, scale = 1 - act(a) of shape (1,):
-
-        gpas(x) = x - act(a) * sg(x)     forward a multiplication by 1 - act(a), backward the identity
-
-    The last line is this definition: x's gradient flows through its first term, the gate's through its second. It keeps
-    x (..., n_embd) in memory for the gate's gradient. keep="input" or "output" gives the same values and gradients from
-    the tensor that is named, which the operation before or after keeps anyway.
-    """
-    if keep:
-        return ScaleForwardOnly.apply(x, scale, keep == "output")
-    return x - (1 - scale) * x.detach()
-
-
-def gate_scale(gate, act="silu"):
-    """1 - act(a) of a gate a, shape (1,): what GPAS scales by. Never within 1e-7 of 0, so that one can divide by it."""
-    scale = 1 - GPAS_ACTS[act](gate)
-    away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
-    return scale + (away_from_zero - scale).detach()
-
-
-# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
-GPAS_ACTS = {
-    "silu": F.silu,
-    "identity": lambda a: a,
-    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
-    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
-    "tanh": torch.tanh,
-    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
-}
-
-# Where s and the gate act. Left the papers' words, which are the settings; right the places in Residual.
-S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8; gain: no factor
-GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
-
-# A learned factor b on the branch: its shape and initial value.
-BRANCH_SCALES = {
-    "none": None,
-    "skipinit": lambda c: ((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
-    "layerscale": lambda c: ((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,7 +463,7 @@ class Block(nn.Module):
             scale = gate_scale(self.gate, self.gpas_act).to(self.attn.o_proj.weight.dtype)  # gates may be float32 alone
             attn_scale, mlp_scale = scale[:1], scale[-1:]
         bottom = x if self.b2t else None
-        x = self.attn_residual(x, lambda h: self.attn(h, cache), attn_scale)
+        x = self.attn_residual(x, lambda u: self.attn(u, cache), attn_scale)
         return self.mlp_residual(x, self.mlp, mlp_scale, bottom)
 
 
@@ -458,9 +472,9 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Drawn first: torch's own initialization of the modules below draws too, but not on the meta device.
+        # Before the modules, whose own initialization draws from the same generator, though not on the meta device.
         seed = int(torch.randint(2**62, (), device="cpu"))
-        if config.vocab_size < 1:
+        if config.vocab_size < 1:  # a configuration may wait for its data to say it
             raise ValueError(f"vocab_size is {config.vocab_size}; it must be at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
@@ -489,12 +503,15 @@ class GPT(nn.Module):
             return logits, None
         loss = cross_entropy(logits, targets)
         self.losses = {"cross_entropy": loss.detach()}
-        for name, (weight, value) in auxiliary_losses(self, logits, targets).items() if self.training else ():
-            self.losses[name] = value.detach()
-            loss = loss + weight * value
+        if self.training:
+            for name, (weight, value) in auxiliary_losses(self, logits, targets).items():
+                self.losses[name] = value.detach()
+                loss = loss + weight * value
         return logits, loss
 
-    # -- the story ends here; generation -----------------------------------------------------------------------------
+    # -- the story ends here -----------------------------------------------------------------------------------------
+
+    # -- generation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None):
@@ -953,22 +970,22 @@ def mistakes(config):
 
     # A setting that nothing reads, but that is not at its default, is a misunderstanding.
     scheme, gated = find_scheme(c.norm)
-    places = [scheme.places(c, l, is_mlp) for l in range(1, min(c.n_layer, 1000) + 1) for is_mlp in (False, True)]
-    first_layers = {scheme.n_first(types.SimpleNamespace(n_layer=100, mix_ratio=r)) for r in (0, 1) if scheme.n_first}
-    a_in_all, b_in_some, c_in_some = (f(n in p for p in places) for f, n in ((all, "A"), (any, "B"), (any, "C")))
+    places = all_places(c)
+    some_c = any("C" in p for p in places)
+    other_ratio = types.SimpleNamespace(n_layer=c.n_layer, mix_ratio=0 if c.mix_ratio >= 0.5 else 1)
     has_effect = {  # setting: (whether it has one here, what it needs)
-        "mix_ratio": (len(first_layers) > 1, "a scheme whose first layers differ, such as mix"),
+        "mix_ratio": (all_places(other_ratio, scheme) != places, "a scheme whose first layers differ, such as mix"),
         "norm_groups": ("groupnorm" in kinds, "norm_type=groupnorm"),
         "dyt_alpha": ("dyt" in kinds, "norm_type=dyt"),
         "layerscale_init": (c.branch_scale == "layerscale", "branch_scale=layerscale"),
-        "s_position": (scheme.s and not (c.s_position == "residual" and c_in_some), "a scheme with s, such as lns"),
-        "freeze_out_gain": (b_in_some and c.norm_affine, "gains of norms at B"),
+        "s_position": (scheme.s and not (c.s_position == "residual" and some_c), "a scheme with s and no C, such as lns"),
+        "freeze_out_gain": (c.norm_affine and any("B" in p for p in places), "gains of norms at B"),
         "norm_affine": (c.s_position != "gain", "an s_position other than gain"),
         "v_norm": (c.qk_norm != "none", "qk_norm=head or full"),
         "qk_norm_type": (c.qk_norm != "none", "qk_norm=head or full"),
         "init_variance": (c.init not in ("deepnorm", "olmo", "xavier"), "another init"),
         "average_shared": (c.n_expert_shared, "n_expert_shared above 0"),
-        "gpas_position": (c.gpas_position != "norm" or a_in_all, "a norm at A in every layer"),
+        "gpas_position": (c.gpas_position != "norm" or all("A" in p for p in places), "a norm at A in every layer"),
     }
     of_gpas = "gpas_act", "gpas_position", "gpas_stop_gradient", "gate_per", "gate_init"
     of_experts = "n_expert_active n_expert_shared normalize_gates moe_from moe_every balance_weight z_weight".split()
@@ -980,6 +997,12 @@ def mistakes(config):
     for name, (works, needed) in has_effect.items():
         if not works and getattr(c, name) != defaults[name]:
             yield f"{name}={getattr(c, name)} has no effect (norm is {c.norm}): it needs {needed}"
+
+
+def all_places(config, scheme=None):
+    """The places with norms of every sub-layer, attention and MLP of layer 1, 2 ... (the first 1,000 layers)."""
+    scheme, layers = scheme or find_scheme(config.norm)[0], range(1, min(config.n_layer, 1000) + 1)
+    return [scheme.places(config, l, is_mlp) for l in layers for is_mlp in (False, True)]
 
 
 def rope_mistakes(scaling):
@@ -998,8 +1021,8 @@ def rope_mistakes(scaling):
 def doubts(config):
     """What the papers advise against in a configuration that can be built, one sentence each."""
     scheme, gated = find_scheme(config.norm)
-    if scheme.n_first and scheme.n_first(config) in (0, config.n_layer):
-        yield f"norm {config.norm}: {scheme.n_first(config)} of {config.n_layer} layers are its first kind: not a mix"
+    if not isinstance(scheme.norms, str) and len(set(all_places(config))) == 1:
+        yield f"norm {config.norm}: all of {config.n_layer} layers are of one kind, which is not a mix"
     if scheme.s and config.init in ("scaled", "depth", "olmo"):
         yield f"norm {config.norm} with init {config.init}: LNS did worse with init scaled than alone (LNS section 6)"
     if scheme.s and config.s_position == "residual":

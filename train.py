@@ -666,7 +666,7 @@ def exchange_gradients(model, setup):
 def gradients_stay_here(net, is_last):
     """The context of a micro-step: under DDP gradients are exchanged in the last one only. FSDP exchanges them in each,
     since the sum of what is not yet exchanged is as large as the whole model."""
-    return net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else nullcontext()
+    return net.no_sync() if hasattr(net, "no_sync") and not is_last else nullcontext()
 
 
 def build_optimizer(model, resumed, setup):

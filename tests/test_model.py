@@ -447,7 +447,7 @@ def test_lns_with_scaled_initialization_warns():
         (dict(norm="pre", gate_init=0.1), "it needs a gpas_ scheme"),
         (dict(norm="gpas_pre", gpas_act="gelu"), "unknown gpas_act 'gelu'; known: silu, identity"),
         (dict(norm="gpas_mix", gpas_position="norm"), "it needs a norm at A in every layer"),
-        (dict(norm="pre", s_position="branch"), "it needs a scheme with s"),
+        (dict(norm="pre", s_position="branch"), "it needs a scheme with s and no C"),
         (dict(norm="pre", freeze_out_gain=True), "it needs gains of norms at B"),
         (dict(norm="pre", v_norm=True), "it needs qk_norm"),
         (dict(norm="pre", qk_norm_type="layernorm"), "it needs qk_norm"),
@@ -592,7 +592,7 @@ def test_compiles_to_one_graph(norm):
     """As few layers as have all that the row has: two where they differ."""
     scheme = SCHEMES[norm.removeprefix("gpas_")]
     mixed = dict(mix_ratio=0.5) if scheme is SCHEMES["mix"] else {}
-    model = randomized(small(norm, n_layer=2 if scheme.n_first or scheme.s else 1, **mixed))
+    model = randomized(small(norm, n_layer=2 if callable(scheme.norms) or scheme.s else 1, **mixed))
     idx, targets = batch(model.config)
     eager = gradients(model, idx, targets)
     torch._dynamo.reset()
@@ -779,16 +779,24 @@ def test_config_errors(options, message):
         dict(norms="AD"),
         dict(norms="A", alpha=lambda L: 2),
         dict(norms="A", omega=True),
-        dict(norms="C", mlp_norms="A", b2t=True),
+        dict(norms="A", b2t=True),
         dict(norms="C", s=lambda l: 0.5),
-        dict(norms="A", first_norms="C", n_first=lambda c: 1, s=lambda l: 0.5),
-        dict(norms="A", first_norms="C"),
-        dict(norms="A", n_first=lambda c: 1),
     ],
 )
 def test_a_row_without_effect_is_an_error(row):
     with pytest.raises(ValueError):
         Scheme(**row)
+
+
+def test_a_row_of_its_own_whose_norms_depend_on_the_layer(monkeypatch):
+    """Sandwich-LN in even layers, Pre-LN in odd ones; a constant that lacks its norm in one of them is an error."""
+    even = lambda c, l, is_mlp: "AB" if l % 2 == 0 else "A"
+    monkeypatch.setitem(SCHEMES, "even", Scheme(even))
+    blocks = GPT(small("even")).blocks
+    assert [isinstance(b.mlp_residual.out_norm, torch.nn.Identity) for b in blocks] == [True, False, True, False]
+    monkeypatch.setitem(SCHEMES, "even", Scheme(lambda c, l, is_mlp: "C" if l == 3 else "A", s=lambda l: 0.5))
+    with pytest.raises(ValueError, match="s acts beside the norm A"):
+        small("even")
 
 
 def test_a_mix_of_one_kind_warns():
