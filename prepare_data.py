@@ -112,12 +112,10 @@ HEADER = 256  # int32 values
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # magic: (version, type of the tokens)
 
 
-def magic_of(vocab_size):
-    return 20240520 if vocab_size <= 1 << 16 else 20240801
-
-
-def token_dtype(vocab_size):
-    return FORMATS[magic_of(vocab_size)][1]
+def shard_format(vocab_size):
+    """(magic, version, type of the tokens) of shards of a vocabulary."""
+    magic = 20240520 if vocab_size <= 1 << 16 else 20240801
+    return magic, *FORMATS[magic]
 
 
 class ShardWriter:
@@ -130,8 +128,7 @@ class ShardWriter:
     def __init__(self, folder, split, vocab_size, shard_size, shards=None):
         """ValueError if the last of the `shards` to go on with lost a part."""
         self.folder, self.split, self.shard_size = Path(folder), split, shard_size
-        self.magic = magic_of(vocab_size)
-        self.version, self.dtype = FORMATS[self.magic]
+        self.magic, self.version, self.dtype = shard_format(vocab_size)
         self.shards = [] if shards is None else shards
         self.files = []  # those of the last shard while it has room: the tokens', and the mask's
         if self.shards and self.shards[-1]["tokens"] < shard_size:
@@ -295,8 +292,8 @@ class TokenData:
         y = np.empty((n, self.block_size), dtype=np.int64)
         for i in range(n):
             shard, start = self.find_window(first + i)
-            end = start + self.block_size
-            tokens, mask = self.shards[shard][start : end + 1], self.masks[shard]
+            end = start + self.block_size + 1
+            tokens, mask = np.asarray(self.shards[shard][start:end]), self.masks[shard]  # plain arrays are faster
             if tokens.max() >= self.vocab_size:
                 raise UserError(
                     f"shard {self.paths[shard]} holds token {tokens.max()}: "
@@ -304,7 +301,7 @@ class TokenData:
                 )
             x[i], y[i] = tokens[:-1], tokens[1:]
             if mask is not None:
-                y[i, mask[start + 1 : end + 1] == 0] = -100
+                y[i, np.asarray(mask[start + 1 : end]) == 0] = -100
         return x, y
 
     def find_window(self, i):
@@ -405,7 +402,8 @@ def write_shards(settings, inputs, source, encoding, partial):
     total = sum(i.size for i in inputs) if all(i.size for i in inputs) else 0
     progress = Progress(total, state["consumed"])
     can_continue = not any(i.path == "-" for i in inputs)
-    num_workers = settings.num_workers or (1 if encoding.name == "byte" or 0 < total < SMALL else count_cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_workers = settings.num_workers or (1 if encoding.name == "byte" or 0 < total < SMALL else cores)
     jobs = read_jobs(inputs, Place(*state["place"]), settings.fields)
     batch, n_bytes, waiting = [], 0, []
     try:
@@ -516,7 +514,7 @@ def halves(document, encoding, source):
 
 
 def begin(settings, inputs, encoding, partial):
-    """(state, encoding, {split: ShardWriter}) of an interrupted run of the same settings and inputs, or of a new one."""
+    """(state, encoding, {split: ShardWriter}) of an interrupted run with equal settings and inputs, or of a new one."""
     path, mark = partial / "progress.json", fingerprint(settings, inputs)
     if path.exists():
         try:
@@ -581,10 +579,6 @@ def locked(partial, folder):
         os.close(handle)
 
 
-def count_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 class Progress:
     """Documents, tokens, MB/s and time left on standard error: in place on a terminal, else a line now and then."""
 
@@ -621,6 +615,7 @@ class Progress:
 
 SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+KNOWN = f"{', '.join(SUFFIXES)}, compressed as {', '.join(COMPRESSIONS)}"
 CORPORA = {  # --dataset=NAME without input
     "fineweb_edu": "hub:HuggingFaceFW/fineweb-edu:sample-10BT",
     "fineweb": "hub:HuggingFaceFW/fineweb:sample-10BT",
@@ -675,7 +670,7 @@ def find_files(inputs, stdin_format="text"):
             for path in local_files(given):
                 found.setdefault(path.resolve(), file_input(path))
         if len(found) == count:
-            raise UserError(f"input {given}: no files of kind {known_kinds()} that are not among the inputs already")
+            raise UserError(f"input {given}: no files of kind {KNOWN} that are not among the inputs already")
     return list(found.values())
 
 
@@ -690,7 +685,7 @@ def local_files(given):
         elif kind_of(path):
             yield path
         elif path == Path(given):
-            raise UserError(f"input {given}: unknown kind {path.suffix!r}; known: {known_kinds()}")
+            raise UserError(f"input {given}: unknown kind {path.suffix!r}; known: {KNOWN}")
 
 
 def stdlib_files():
@@ -715,10 +710,6 @@ def kind_of(path):
         name = name.removesuffix(suffix)
     kind = SUFFIXES.get(Path(name).suffix)
     return None if kind == "parquet" and name != str(path) else kind
-
-
-def known_kinds():
-    return f"{', '.join(SUFFIXES)}, compressed as {', '.join(COMPRESSIONS)}"
 
 
 def optional(module, package=None):
@@ -896,21 +887,18 @@ def check_fields(source, fields, names):
 READERS = {"text": read_lines, "jsonl": read_lines, "parquet": read_parquet, "hub": read_hub}
 
 
-class Piece(NamedTuple):
-    kind: str  # of its input
-    path: str
-    line: int  # number of its first line or row
-    data: bytes | list
-
-
 def read_jobs(inputs, place, fields):
-    """(job, Place after it, stored bytes read so far) from `place` on: a job is a list of Pieces of some 1 MB."""
+    """(job, Place after it, stored bytes read so far) from `place` on.
+
+    A job is a list of pieces of some 1 MB together, each (kind and path of its input, number of its first line or row,
+    data).
+    """
     done = sum(source.size for source in inputs[: place.index])
     job, size = [], 0
     for index, source in enumerate(inputs[place.index :], place.index):
         try:
             for data, after, consumed in READERS[source.kind](source, place, fields):
-                job.append(Piece(source.kind, source.path, place.line, data))
+                job.append((source.kind, source.path, place.line, data))
                 place = after
                 if isinstance(data, list):
                     size += sum(len(value) for row in data for value in row if isinstance(value, str))
@@ -953,13 +941,14 @@ def read_documents(job, fields):
 def text_documents(path, line, data):
     start = 0
     for text in cut(data):
+        values, problem, place = (text,), None, path
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            problem, place = "undecodable", f"{path}:{line + count_lines(data[: start + error.start])}"
         if not text or text.isspace():
-            yield None, "empty", f"{path}:{line + count_lines(data[:start])}"
-        else:
-            bad = undecodable(text)
-            problem = None if bad is None else "undecodable"
-            place = path if bad is None else f"{path}:{line + count_lines(data[: start + bad])}"
-            yield (text,), problem, place
+            values, problem, place = None, "empty", f"{path}:{line + count_lines(data[:start])}"
+        yield values, problem, place
         start += len(text)
 
 
@@ -999,16 +988,6 @@ def parse_json(line, fields):
 def to_bytes(text):
     """UTF-8 of the text; bytes that surrogateescape stands for are back, other lone surrogates are U+FFFD."""
     return re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text).encode(errors="surrogateescape")
-
-
-def undecodable(data):
-    """Where the bytes stop being UTF-8, or None."""
-    if data.isascii():
-        return None
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return error.start
 
 
 def cut(data):
@@ -1060,8 +1039,8 @@ def tokenize(encoding, fields, job):
 
 def make_document(encoding, ids, values):
     """The Document of a text, or of a prompt and a text: their token ids and their bytes."""
-    parts, mask = [[encoding.eot_token], *ids], None
-    tokens = np.concatenate(parts, dtype=token_dtype(encoding.n_vocab), casting="unsafe")
+    _, _, dtype = shard_format(encoding.n_vocab)
+    tokens, mask = np.concatenate([[encoding.eot_token], *ids], dtype=dtype, casting="unsafe"), None
     if len(ids) > 1:
         mask = np.ones(len(tokens), dtype=np.uint8)
         mask[1 : 1 + len(ids[0])] = 0
@@ -1089,7 +1068,7 @@ def tokenize_all(jobs, encoding, fields, num_workers):
     pending = deque()
     try:
         for job, *rest in jobs:
-            pending.append((pool.submit(work, job), rest))
+            pending.append((submit(pool, job), rest))
             if len(pending) > 2 * num_workers:
                 future, rest = pending.popleft()
                 yield *future.result(), *rest
@@ -1104,10 +1083,22 @@ def tokenize_all(jobs, encoding, fields, num_workers):
         pool.shutdown(cancel_futures=True)
 
 
+def submit(pool, job):
+    """Gives a job to the pool. A worker process that starts with it ignores Ctrl-C, which is for this process."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(work, job)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits what is blocked
+    try:
+        return pool.submit(work, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def begin_worker(state, fields):
     """Makes the tokenizer that the worker process uses for all its jobs."""
     global of_worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    if hasattr(os, "setsid"):
+        os.setsid()  # Linux shares a busy machine among sessions: in one of its own a worker gets a full share
     threading.Thread(target=end_with_parent, daemon=True).start()
     of_worker = build_encoding(state), fields
 
@@ -1165,9 +1156,10 @@ class JsonTokenizer:
 
     def decode(self, ids):
         """Text; a run of ids that the tokenizer does not know shows as U+FFFD."""
-        runs = itertools.groupby(map(int, ids), key=lambda i: self.tokenizer.id_to_token(i) is not None)
-        text = lambda run: self.tokenizer.decode(list(run), skip_special_tokens=False)
-        return "".join(text(run) if known else "\ufffd" for known, run in runs)
+        text = ""
+        for is_known, some in itertools.groupby(map(int, ids), lambda i: self.tokenizer.id_to_token(i) is not None):
+            text += self.tokenizer.decode(list(some), skip_special_tokens=False) if is_known else "\ufffd"
+        return text
 
 
 def get_tokenizer(name, eot_token=""):

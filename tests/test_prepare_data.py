@@ -609,7 +609,7 @@ def test_kill_at_random_moments(big, tmp_path):
         time.sleep(rng.uniform(0, 1.5 if i % 2 else 0.1))
         orphans |= children(process.pid)
         process.kill()
-        continued += "going on after" in process.communicate()[1]
+        continued += "going on after" in process.communicate(timeout=30)[1]  # workers that stay would keep it open
         if process.returncode == 0:
             break
         assert not (tmp_path / "d").exists()
@@ -689,13 +689,31 @@ def test_an_overwrite_that_was_killed_between_its_renames(tmp_path, corpus):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 2.0])
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="workers are found where Linux shows them")
+def test_ctrl_c_ends_in_one_line(big, tmp_path, seconds):
+    """Sent to the whole group, as a terminal does: workers that have just started say nothing, nor do they stay."""
+    process = start(big, tmp_path, "--num_workers=2", "--save_interval=1000", start_new_session=True)
+    while process.poll() is None and not any(map(is_worker, children(process.pid))):
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 or (seconds and process.returncode == 0)  # it may have been done
+    assert process.returncode == 0 or err == "error: interrupted; what was saved before is untouched\n"
+
+
+def is_worker(pid):
+    return b"spawn_main" in read_or_empty(f"/proc/{pid}/cmdline")
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="workers are found where Linux shows them")
 def test_a_worker_that_dies(big, tmp_path):
     process = start(big, tmp_path, "--save_interval=0", "--num_workers=2")
     workers = []
     while process.poll() is None and not workers:
         time.sleep(0.002)
-        workers = [pid for pid in children(process.pid) if b"spawn_main" in read_or_empty(f"/proc/{pid}/cmdline")]
+        workers = list(filter(is_worker, children(process.pid)))
     os.kill(int(workers[0]), signal.SIGKILL)
     _, err = process.communicate()
     assert process.returncode == 2 and "a worker process ended unexpectedly" in err.splitlines()[-1]
