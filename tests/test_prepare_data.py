@@ -8,10 +8,10 @@ import http.server
 import json
 import lzma
 import os
-import pickle
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -26,7 +26,7 @@ from conftest import ROOT
 
 import prepare_data
 from configurator import UserError
-from prepare_data import Settings, ShardWriter, TokenData, build_encoding, byte_encoding, cut, decode, encode, open_shard
+from prepare_data import Place, Settings, ShardWriter, TokenData, build_encoding, byte_encoding, cut, decode, encode, open_shard
 
 
 def prepare(tmp_path, *inputs, **kwargs):
@@ -81,6 +81,11 @@ def test_split_is_stable_when_files_are_added(tmp_path, corpus):
     assert set(documents(before, "val")) <= set(documents(after, "val"))
     assert set(documents(before, "train")) <= set(documents(after, "train"))
     assert 15 < len(documents(before, "val")) < 50
+
+
+def test_what_is_held_out_by_default():
+    assert Settings().val_fraction == 0.06 and Settings(val_fraction=0.01).val_fraction == 0.01
+    assert Settings(dataset="c4").val_fraction == Settings(dataset="stdlib", input=["a.txt"]).val_fraction == 0.01
 
 
 def test_same_settings_same_shards_and_seed_shuffles(tmp_path, corpus):
@@ -392,10 +397,10 @@ def test_parquet(tmp_path):
     assert all_documents(folder) == sorted(texts[:-1])
     problems = json.loads((folder / "meta.json").read_text())["problems"]
     assert problems == {"no text 'body'": [1, [f"{tmp_path}/a.parquet:1001"]]}
-    with pytest.raises(UserError, match="no column 'text'; it has body, other"):
+    with pytest.raises(UserError, match="no field 'text'; it has body, other"):
         prepare(tmp_path, tmp_path / "a.parquet", dataset="e")
     source = prepare_data.find_files([str(tmp_path / "a.parquet")])[0]
-    pieces = list(prepare_data.read_parquet(source, 0, ["body"]))
+    pieces = list(prepare_data.read_parquet(source, Place(), ["body"]))
     assert [row for rows, _, _ in pieces for row, in rows] == texts
     for i, (_, after, _) in enumerate(pieces):  # a continued run reads the rest as it would have been read
         assert list(prepare_data.read_parquet(source, after, ["body"])) == pieces[i + 1 :]
@@ -465,7 +470,7 @@ def test_files_by_address(tmp_path, server, monkeypatch):
         prepare(tmp_path, f"{server}/good.txt.gz?download=true"),
     ):
         assert sorted("".join(documents(folder, "train") + documents(folder, "val")).splitlines()) == expected
-    with pytest.raises(UserError, match="short.txt cannot be read: the connection ended after 300,000 of 538,890 bytes"):
+    with pytest.raises(UserError, match="short.txt cannot be read: the connection ended 238,890 bytes before the end"):
         prepare(tmp_path, f"{server}/short.txt", dataset="e")
     with pytest.raises(UserError, match="none.txt cannot be read: .*404|none.txt cannot be read: .*Not Found"):
         prepare(tmp_path, f"{server}/none.txt", dataset="e")
@@ -522,7 +527,7 @@ def test_the_datasets_library_with_a_local_folder(tmp_path):
     folder = prepare(tmp_path, f"hub:{tmp_path}/hub")
     assert all_documents(folder) == sorted(f"text {i}" for i in range(600))
     source = prepare_data.Input(f"hub:{tmp_path}/hub", "hub")
-    assert [row for rows, _, _ in prepare_data.read_hub(source, 256, ["text"]) for row, in rows] == [f"text {i}" for i in range(256, 600)]
+    assert [row for rows, _, _ in prepare_data.read_hub(source, Place(offset=256), ["text"]) for row, in rows] == [f"text {i}" for i in range(256, 600)]
 
 
 def test_problems_have_file_and_line(tmp_path, capsys):
@@ -604,7 +609,7 @@ def test_kill_at_random_moments(big, tmp_path):
         time.sleep(rng.uniform(0, 1.5 if i % 2 else 0.1))
         orphans |= children(process.pid)
         process.kill()
-        continued += "going on after" in process.communicate()[1]
+        continued += "going on after" in process.communicate(timeout=30)[1]  # workers that stay would keep it open
         if process.returncode == 0:
             break
         assert not (tmp_path / "d").exists()
@@ -615,7 +620,7 @@ def test_kill_at_random_moments(big, tmp_path):
     assert contents(tmp_path / "d") == contents(big / "one")
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
     time.sleep(0.5)
-    assert not [pid for pid in orphans if b"worker" in read_or_empty(f"/proc/{pid}/cmdline")]
+    assert not [pid for pid in orphans if b"multiprocessing" in read_or_empty(f"/proc/{pid}/cmdline")]
 
 
 def children(pid):
@@ -684,19 +689,44 @@ def test_an_overwrite_that_was_killed_between_its_renames(tmp_path, corpus):
     assert contents(folder) == before
 
 
-def test_a_worker_that_dies(big, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data.sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match="a worker process ended unexpectedly"):
-        prepare(tmp_path, big, num_workers=2, **big_settings(big))
-    assert not (tmp_path / "data" / "d").exists()
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 2.0])
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="workers are found where Linux shows them")
+def test_ctrl_c_ends_in_one_line(big, tmp_path, seconds):
+    """Sent to the whole group, as a terminal does: workers that have just started say nothing, nor do they stay."""
+    process = start(big, tmp_path, "--num_workers=2", "--save_interval=1000", start_new_session=True)
+    while process.poll() is None and not any(map(is_worker, children(process.pid))):
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 or (seconds and process.returncode == 0)  # it may have been done
+    assert process.returncode == 0 or err == "error: interrupted; what was saved before is untouched\n"
 
 
-@pytest.mark.parametrize("sent", [b"", b"\x80\x05\x95\xff\xff\0\0\0\0\0\0half a job"])
-def test_a_worker_ends_with_its_parent(sent):
-    command = [sys.executable, ROOT / "prepare_data.py", "worker"]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = worker.communicate(pickle.dumps(({"name": "byte"}, ["text"])) + sent, timeout=20)
-    assert (worker.returncode, out, err) == (0, b"", b"")
+def is_worker(pid):
+    return b"spawn_main" in read_or_empty(f"/proc/{pid}/cmdline")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="workers are found where Linux shows them")
+def test_a_worker_that_dies(big, tmp_path):
+    process = start(big, tmp_path, "--save_interval=0", "--num_workers=2")
+    workers = []
+    while process.poll() is None and not workers:
+        time.sleep(0.002)
+        workers = list(filter(is_worker, children(process.pid)))
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == 2 and "a worker process ended unexpectedly" in err.splitlines()[-1]
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_script_without_a_main_guard(big, tmp_path):
+    """Worker processes import the script that started them; here they would begin the same preparation, and stop."""
+    settings = dict(input=[str(big)], dataset="d", data_dir=str(tmp_path), num_workers=2, **big_settings(big))
+    call = f"prepare_data.prepare(prepare_data.Settings(**{settings!r}))"
+    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport prepare_data\n{call}\n")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and 'a script without `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
 
 
 def test_every_damage_is_found(tmp_path, corpus, monkeypatch, capsys):
@@ -724,20 +754,6 @@ def test_every_damage_is_found(tmp_path, corpus, monkeypatch, capsys):
     (folder / "train_000009.bin").write_bytes(data)
     with pytest.raises(UserError, match="train_000009.bin is not in .*meta.json"):
         TokenData(folder, "train", 8, 257)
-
-
-def test_data_of_the_first_version_are_read(tmp_path, bpe, corpus, capsys):
-    folder = prepare(tmp_path, corpus, tokenizer=str(bpe))
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["tokenizer"]["ranks_crc32"], meta["problems"]
-    for counts in meta["splits"].values():
-        del counts["loss_tokens"], counts["shards"][0]["crc32"]
-    new = prepare_data.read_meta(folder)["tokenizer"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-    assert prepare_data.read_meta(folder)["tokenizer"] == new
-    TokenData(folder, "val", 8, 263).rows(0, 3)
-    prepare_data.verify(folder)
-    assert "2 of them have no checksum" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read where Linux shows it")
@@ -1037,7 +1053,8 @@ def test_default_is_the_standard_library(tmp_path):
     folder = tmp_path / "data" / "stdlib"
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["splits"]["train"]["tokens"] > 5_000_000
-    assert 0.001 < meta["splits"]["val"]["tokens"] / meta["splits"]["train"]["tokens"] < 0.05
+    assert 500_000 < meta["splits"]["val"]["bytes"] < meta["splits"]["train"]["bytes"] / 5
+    assert meta["splits"]["val"]["documents"] >= 30
     text = "".join(documents(folder, "train"))
     assert "class OrderedDict" in text or "class OrderedDict" in "".join(documents(folder, "val"))
     assert not re.search(r"^class \w*Tests?\(unittest.TestCase\)", text, re.M) and "train.py --dataset=stdlib" in done.stdout
@@ -1054,7 +1071,12 @@ def test_default_is_the_standard_library(tmp_path):
         (["--dataset=a/b"], "not a plain name"),
         (["--tokenizer=words"], "unknown tokenizer 'words'"),
         (["--shard_sise=3"], "did you mean shard_size"),
-        (["--val_fraction=1.5"], "val_fraction is 1.5"),
+        (["--val_fraction=1.5"], "val_fraction is 1.5; it must be at least 0 and at most 1"),
+        (["--shard_size=0"], "shard_size is 0; it must be at least 1"),
+        (["--seed=4294967296"], "seed is 4294967296; it must be at least 0 and at most 4294967295"),
+        (["--stdin_format=csv"], "unknown stdin_format 'csv'; known: text, jsonl"),
+        (["--tokenizer=bpe:99"], "bpe:N takes the size of a vocabulary, at least 257"),
+        (["--tokenizer=bpe:many"], "bpe:N takes the size of a vocabulary, at least 257"),
     ],
 )
 def test_mistakes_end_in_one_line_and_2(tmp_path, args, message):
