@@ -73,7 +73,7 @@ class Settings:
     max_tokens: NATURAL = 0  # stop at the first batch of documents that reaches so many; 0: all
     # how
     data_dir: str = "data"  # the data set is written to data_dir/dataset
-    val_fraction: SHARE | None = None  # share of the documents that is held out; none: 0.01, of stdlib 0.06
+    val_fraction: SHARE | None = None  # share of the documents that is held out; none: 0.01, of stdlib 0.05
     shard_size: COUNT = 100_000_000  # tokens per shard
     shuffle_buffer: COUNT = 1000  # documents that are shuffled among each other, at most 16 MB of text; 1: none
     max_broken: NOT_NEGATIVE = 0.01  # broken or undecodable documents per good one, above which it is an error
@@ -92,7 +92,7 @@ class Settings:
         if not re.fullmatch(r"\w[\w.-]*", self.dataset):
             raise ValueError(f"dataset {self.dataset!r} is not a plain name; give one with --dataset=NAME")
         if self.val_fraction is None:  # the standard library has few files, and comparing runs needs half a megabyte
-            self.val_fraction = 0.06 if self.dataset == "stdlib" and not self.input else 0.01
+            self.val_fraction = 0.05 if self.dataset == "stdlib" and not self.input else 0.01
         if self.tokenizer.startswith("bpe:"):
             if not re.fullmatch(r"bpe:\d{1,7}", self.tokenizer) or int(self.tokenizer[4:]) < 257:
                 needed = "at least 257 (the bytes and the end of text), as in bpe:4096"
