@@ -84,7 +84,7 @@ def test_split_is_stable_when_files_are_added(tmp_path, corpus):
 
 
 def test_what_is_held_out_by_default():
-    assert Settings().val_fraction == 0.06 and Settings(val_fraction=0.01).val_fraction == 0.01
+    assert Settings().val_fraction == 0.05 and Settings(val_fraction=0.01).val_fraction == 0.01
     assert Settings(dataset="c4").val_fraction == Settings(dataset="stdlib", input=["a.txt"]).val_fraction == 0.01
 
 
