@@ -323,6 +323,7 @@ def misfits(family, model):
         ("norm_type", "rmsnorm", c.norm_type),
         ("place of norms", SCHEMES[family.norm].norms, " and ".join(places)),
         ("qk_norm", family.qk_norm, c.qk_norm),
+        ("qk_norm_type", "rmsnorm", c.qk_norm_type or "rmsnorm"),
         ("v_norm", False, c.v_norm),
         ("qkv_bias", "attn.q_proj.bias" in tensors, c.qkv_bias),
         ("use of experts", may_have_experts, n_moe > 0),

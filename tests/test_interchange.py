@@ -196,6 +196,7 @@ def test_a_pruned_model_is_exported(transformers, tmp_path):
         (dict(norm="out"), "olmo2, but its qk_norm is full, not none"),
         (dict(norm="pre", norm_type="layernorm"), "its norm_type is rmsnorm, not layernorm"),
         (dict(norm="pre", qk_norm="head", v_norm=True), "its v_norm is False, not True"),
+        (dict(norm="pre", qk_norm="head", qk_norm_type="layernorm"), "its qk_norm_type is rmsnorm, not layernorm"),
         (dict(norm="pre", qk_norm="full"), "its qk_norm is none, not full"),
         (dict(norm="pre", qkv_bias=True, head_dim=12), "qwen2, but its head_dim is 8, not 12"),
         (dict(norm="pre", normalize_gates=False, **EXPERTS), "mixtral, but its normalize_gates is True, not False"),
