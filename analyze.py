@@ -1,9 +1,9 @@
-"""What a run's layers do: `python analyze.py out-gpas_pre` measures a checkpoint on held-out text.
+"""What the layers of a trained model do: `python analyze.py out-gpas_pre` measures a run's checkpoint on held-out text.
 
     python analyze.py out-pre out-gpas_pre out-lns             several runs side by side
     python analyze.py out-pre --metrics=stream,jacobian        some of the measures
     python analyze.py out-pre --choices=questions.jsonl        accuracy, and what each layer's removal costs of it
-    python analyze.py --help                                   every setting
+    python analyze.py --help                                   every measure and every setting
 
 prints tables and writes analysis.json and, with matplotlib, figures. Each measure is a function for a notebook too:
 
@@ -12,6 +12,27 @@ prints tables and writes analysis.json and, with matplotlib, figures. Each measu
     batches = analyze.load_batches("data/stdlib", model.config, tokens=2048, batch_size=8)
     analyze.removal(model, batches)["causal"]          batches: a list of (idx, targets), int64 tensors (B, T)
 
+A measure is a class that is updated with the Trace of each batch and then asked for its result, and a row of the table
+MEASURES that says what of the result is shown. To add one, write for example this below the other measures
+
+    class RelativeUpdate:
+        '''(L) mean over tokens of |x_{l+1} - x_l| / |x_l|: by how much layer l changes the stream.'''
+
+        def __init__(self, model):
+            self.total, self.n = zeros(model, len(model.blocks)), 0
+
+        def update(self, trace):
+            x = torch.stack(trace.states).double()
+            self.total += ((x[1:] - x[:-1]).norm(dim=-1) / x[:-1].norm(dim=-1)).sum((1, 2))
+            self.n += trace.n_tokens
+
+        def result(self):
+            return self.total / self.n
+
+and this row into the table. `--metrics=update` then puts it into the tables, analysis.json and importance.png:
+
+    "update": Measure("size of each layer's update", RelativeUpdate, "importance", [Column("update", lambda r: r)]),
+
 Layers are l = 1..L; x_l (B, T, n_embd) is the residual state that layer l gets, x_1 the embedding's output (normalized,
 where the model does so), x_{L+1} the last layer's output, before the final norm. Tensors with a layer dimension hold
 layer l at index l - 1; those over residual states (L + 1) hold x_1 first. "Tokens" are all positions of all batches.
@@ -19,58 +40,46 @@ Losses are cross-entropies in nats in evaluation mode, without router terms. Pap
 """
 
 import functools
-import inspect
+import itertools
 import json
 import math
 import sys
 import warnings
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 import prepare_data
-from configurator import UserError, configure, progress, read_log, run, save_whole
+from configurator import COUNT, UserError, configure, progress, read_log, run, save_whole
 from model import GPT, Block, GPTConfig, find_device, gate_scale, load_checkpoint
 from prepare_data import TokenData
-
-METRICS = {
-    "stream": "variance, magnitude, kurtosis and largest values of the residual states",
-    "angular": "angular distance between residual states",
-    "gradients": "gradient norm and variance of each layer",
-    "weights": "weight norms and sparsity, gates, output-norm gains",
-    "attention": "sparsity and entropy of the attention, head maps",
-    "experts": "load, dead experts, router entropy",
-    "removal": "loss without each layer, causal scores",
-    "permutation": "loss with each pair of layers swapped",
-    "usefulness": "loss with each layer replaced by an affine map",
-    "jacobian": "each layer's Jacobian",
-    "choices": "multiple-choice accuracy, and without each layer",
-}
 
 
 @dataclass
 class Settings:
     out_dirs: list[str] = field(default_factory=list)  # folders of runs, also without --out_dirs
-    metrics: str = "all"  # all, or some with commas between, by their names in METRICS: stream, jacobian ...
+    metrics: str = "all"  # all, or some of the measures above with commas between: stream,jacobian
     analysis_dir: str | None = None  # where analysis.json and figures go; none: the run's folder, analysis for several
     figures: bool | None = None  # draw them; none: where matplotlib is installed
     # what is measured
-    tokens: int = 16384  # held-out tokens
-    jacobian_tokens: int = 1024  # of them, for the Jacobians
+    tokens: COUNT = 16384  # held-out tokens
+    jacobian_tokens: COUNT = 1024  # of them, for the Jacobians
     layers: str = "all"  # whose Jacobians: numbers from 1, with commas between, or all
     own_token: bool = False  # Jacobian of each token's output by the same token's input, without cross-token terms
     choices: str | None = None  # a jsonl of multiple-choice questions: prompt, choices, answer
     # data
     dataset: str | None = None  # a folder in data_dir, or a path; none: the run's
     data_dir: str | None = None  # where data sets are; none: the run's
-    block_size: int | None = None  # tokens of a sequence; none: the model's
+    block_size: COUNT | None = None  # tokens of a sequence; none: the model's
     # machine
-    batch_size: int = 8  # sequences at once
+    batch_size: COUNT = 8  # sequences at once
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1 ...
 
     def __post_init__(self):
@@ -78,22 +87,21 @@ class Settings:
             raise ValueError("which run? python analyze.py OUT_DIR [OUT_DIR ...]")
         if len({Path(out_dir).resolve() for out_dir in self.out_dirs}) < len(self.out_dirs):
             raise ValueError("the same run is given twice")
-        for name in ("tokens", "jacobian_tokens", "batch_size", "block_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        unknown = [m for m in self.metrics.split(",") if m not in METRICS and self.metrics != "all"]
+        unknown = [name for name in self.names() if name not in MEASURES]
         if unknown:
-            raise ValueError(f"unknown metrics {unknown[0]!r}; known: all, {', '.join(METRICS)}")
-        if "choices" in self.metrics.split(",") and not self.choices:
+            raise ValueError(f"unknown metrics {unknown[0]!r}; known: all, {', '.join(MEASURES)}")
+        if "choices" in self.names() and not self.choices:
             raise ValueError("metrics=choices needs a file of questions: --choices=FILE.jsonl")
-        if self.choices and not self.wants("choices"):
+        if self.choices and "choices" not in self.names():
             raise ValueError(f"choices={self.choices} has no effect with metrics={self.metrics}")
         if self.layers != "all" and not all(part.isdecimal() and int(part) for part in self.layers.split(",")):
             raise ValueError(f"layers is {self.layers!r}; it must be all, or numbers from 1 with commas between")
 
-    def wants(self, name):
-        return self.metrics == "all" or name in self.metrics.split(",")
+    def names(self):
+        """The names of the measures that are asked for; all leaves choices out where there is no file of questions."""
+        if self.metrics == "all":
+            return [name for name in MEASURES if name != "choices" or self.choices]
+        return self.metrics.split(",")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,50 +109,23 @@ class Settings:
 
 
 class Trace:
-    """What one batch idx, targets (B, T) does in the model:
+    """What one batch idx, targets (B, T) does in the unchanged model: `states`, the L + 1 residual states x_1..x_{L+1},
+    each (B, T, n_embd), and what is computed when it is first asked for."""
 
-    states       L + 1 residual states (B, T, n_embd)
-
-    and, if asked for its inside, for each layer (None where it has no such part: a block replaced by another function):
-
-    modules      {"attn": the attention's output, "mlp": the MLP's}, each (B, T, n_embd)
-    branches     the same where they are added to the stream: after the norm B and what else scales the branch
-    attention    (q, k, mask): queries and keys as their product gets them, after norm and rotation, (B, n_head, T,
-                 head_dim) and (B, n_kv_head, T, head_dim); mask is None for the causal one
-    mlp_inputs   the MLP's input (B, T, n_embd)
-    """
-
-    def __init__(self, model, idx, targets, inside):
-        self.model, self.targets, L = model, targets, len(model.blocks)
-        self.modules = {"attn": [None] * L, "mlp": [None] * L}
-        self.branches = {"attn": [None] * L, "mlp": [None] * L}
-        self.attention, self.mlp_inputs = [None] * L, [None] * L
+    def __init__(self, model, idx, targets):
+        self.model, self.targets, self.n_tokens = model, targets, idx.numel()
         self.states = [model.embed_norm(model.embed_tokens(idx))]
-        for l, block in enumerate(model.blocks):
-            hooks = list(self.watch(l, block)) if inside and isinstance(block, Block) else []
-            with RecordAttention(self.attention, l) if inside else nullcontext():
-                self.states.append(block(self.states[l]))
-            for hook in hooks:
-                hook.remove()
+        for block in model.blocks:
+            self.states.append(block(self.states[-1]))
 
-    def watch(self, l, block):
-        """Hooks that note what happens in the sub-layers of a block."""
-        for name in ("attn", "mlp"):
-            module, residual = getattr(block, name), getattr(block, f"{name}_residual")
-
-            def note_module(_, __, out, name=name):
-                self.modules[name][l] = out
-
-            def note_branch(_, __, h, name=name):
-                self.branches[name][l] = h
-
-            yield module.register_forward_hook(note_module)
-            yield residual.branch_out.register_forward_hook(note_branch)
-        yield block.mlp.register_forward_pre_hook(lambda _, args: self.mlp_inputs.__setitem__(l, args[0]))
+    @functools.cached_property
+    def inside(self):
+        """For each layer what happens inside it: a list of L dicts of look_inside."""
+        return [look_inside(block, x) for block, x in zip(self.model.blocks, self.states)]
 
     @functools.cached_property
     def loss(self):
-        """Sum of the unchanged model's loss over the batch's targets."""
+        """Sum of the model's loss over the batch's targets."""
         return loss_sum(self.model, self.states[-1], self.targets)
 
     @functools.cached_property
@@ -152,18 +133,41 @@ class Trace:
         return (self.targets != -100).sum().item()
 
 
-class RecordAttention(TorchFunctionMode):
-    """Notes (q, k, mask) of a call of scaled_dot_product_attention in calls[l]."""
+def look_inside(block, x):
+    """What happens in block(x), x (B, T, n_embd), a dict. A block that was replaced by another function lacks entries.
 
-    def __init__(self, calls, l):
-        super().__init__()
-        self.calls, self.l = calls, l
+    attn, mlp                what each sub-layer adds to the stream, (B, T, n_embd): after the norm B and the scales
+    attn_module, mlp_module  the modules' own outputs, before B
+    mlp_module_input         what the MLP gets
+    attention                (q, k, mask): queries and keys as their product gets them, after norm and rotation, (B,
+                             n_head, T, head_dim) and (B, n_kv_head, T, head_dim); mask is None for the causal one
+    """
+    seen, modules = {}, {}
+    if isinstance(block, Block):
+        modules = {"attn_module": block.attn, "attn": block.attn_residual.branch_out}
+        modules |= {"mlp_module": block.mlp, "mlp": block.mlp_residual.branch_out}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.calls[self.l] = *args[:2], kwargs.get("attn_mask")
-        return func(*args, **kwargs)
+    def note(name):
+        def hook(_, inputs, output):
+            seen[name], seen[f"{name}_input"] = output, inputs[0]
+
+        return hook
+
+    def noted_attention(q, k, v, attn_mask=None, **options):
+        seen["attention"] = q, k, attn_mask
+        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    try:
+        with patch.object(F, "scaled_dot_product_attention", noted_attention):
+            block(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+scaled_dot_product_attention = F.scaled_dot_product_attention  # torch's own, also while another stands in for it
 
 
 def loss_sum(model, x, targets):
@@ -188,50 +192,30 @@ def evaluation(model, frozen=True):
             p.requires_grad_(r)
 
 
-def measure(start):
-    """A function (model, batches) from a generator `start(model)` that gets the Trace of each batch from `yield`, then
-    None, and returns the result:
-
-        total = 0
-        while trace := (yield):
-            total += ... trace.states ...
-        return total
-
-    `yield "inside"` asks for the inside of the layers too. Alone it makes a pass of its own; `one_pass` feeds several
-    from the same traces."""
-
-    def alone(model, batches, **options):
-        return one_pass(model, batches, {"": start(model, **options)})[""]
-
-    functools.update_wrapper(alone, start)
-    parameters = list(inspect.signature(start).parameters.values())
-    batches = inspect.Parameter("batches", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    alone.__signature__ = inspect.Signature([parameters[0], batches, *parameters[1:]])
-    alone.start = start
-    return alone
-
-
 @torch.no_grad()
-def one_pass(model, batches, started):
-    """{name: result} of the measures {name: measure.start(model)} over `batches`, with one forward pass for all."""
-    results = {}
+def one_pass(model, batches, measures):
+    """{name: result} of `measures`, {name: an object with update(trace) and result()}: each batch passes through the
+    model once for all of them."""
     with evaluation(model):
-        # what no measure looks at is not kept: it would push the weights of the rerun layers out of the caches
-        inside = "inside" in [next(generator) for generator in started.values()]
         for idx, targets in batches:
-            trace = Trace(model, idx, targets, inside)
-            for generator in started.values():
-                generator.send(trace)
-        for name, generator in started.items():
-            try:
-                generator.send(None)
-            except StopIteration as end:
-                results[name] = end.value
-    return results
+            trace = Trace(model, idx, targets)
+            for measure in measures.values():
+                measure.update(trace)
+    return {name: measure.result() for name, measure in measures.items()}
+
+
+def as_function(measure):
+    """The function (model, batches, **options) for notebooks that gives the result of a measure's class alone."""
+
+    def function(model, batches, **options):
+        return one_pass(model, batches, {"alone": measure(model, **options)})["alone"]
+
+    function.__doc__ = measure.__doc__
+    return function
 
 
 def zeros(model, *shape):
-    """A float64 tensor of zeros, where sums over tokens are kept."""
+    """A float64 tensor of zeros on the model's device, where sums over tokens are kept."""
     return torch.zeros(shape, dtype=torch.float64, device=model.lm_head.weight.device)
 
 
@@ -242,8 +226,7 @@ FLOAT16_MAX = 65504.0
 TOP = 100
 
 
-@measure
-def stream(model):
+class Stream:
     """Size and shape of the residual states, a dict:
 
     variance             (L + 1)  1/d sum_j (x_j - mean_j x)^2 of a token, mean over tokens (Sparsity Eq. 4); 1/d, where
@@ -260,73 +243,85 @@ def stream(model):
     over_float16         (L + 1)  how many |x| exceed float16's 65504
     top, top_state       (100)    the largest |x| of all tokens and states, descending, and their index in 0..L
     """
-    L, d = len(model.blocks), model.config.n_embd
-    variance, magnitude, largest, over = (zeros(model, L + 1) for _ in range(4))
-    parts = {f"{name}{kind}_variance": zeros(model, L) for name in ("attn", "mlp") for kind in ("", "_module")}
-    powers, shift, n = zeros(model, 4, L + 1, d), None, 0  # powers: sums of (x - shift)^1..4
-    top, top_state = zeros(model, 0), zeros(model, 0).long()
-    while trace := (yield "inside"):
-        if shift is None:  # a guess of the mean, so that the sums of powers do not cancel
-            shift = [x.double().mean((0, 1)) for x in trace.states]
+
+    def __init__(self, model):
+        L, d = len(model.blocks), model.config.n_embd
+        self.variance, self.magnitude, self.largest, self.over_float16 = (zeros(model, L + 1) for _ in range(4))
+        self.inside = {name: zeros(model, L) for name in ("attn", "mlp", "attn_module", "mlp_module")}
+        self.powers, self.shift, self.n = zeros(model, 4, L + 1, d), None, 0  # powers: sums of (x - shift)^1..4
+        self.top, self.top_state = zeros(model, 0), zeros(model, 0).long()
+
+    def update(self, trace):
+        if self.shift is None:  # a guess of the mean, so that the sums of powers do not cancel
+            self.shift = [x.double().mean((0, 1)) for x in trace.states]
         for i, x in enumerate(trace.states):
-            variance[i] += token_variance(x)
+            self.variance[i] += token_variance(x)
             size = x.abs()
-            magnitude[i] += size.mean(-1).double().sum()
-            over[i] += (size > FLOAT16_MAX).sum()
+            self.magnitude[i] += size.mean(-1).double().sum()
+            self.over_float16[i] += (size > FLOAT16_MAX).sum()
             highest = size.flatten().topk(min(TOP, size.numel())).values.double()
-            largest[i] = torch.maximum(largest[i], highest[0])
-            top, top_state = torch.cat((top, highest)), torch.cat((top_state, torch.full_like(highest, i).long()))
-            y = x.double().flatten(0, 1) - shift[i]
+            self.largest[i] = torch.maximum(self.largest[i], highest[0])
+            self.top = torch.cat((self.top, highest))
+            self.top_state = torch.cat((self.top_state, torch.full_like(highest, i).long()))
+            y = x.double().flatten(0, 1) - self.shift[i]
             square = y * y
-            for power, value in zip(powers, (y, square, square * y, square * square)):
+            for power, value in zip(self.powers, (y, square, square * y, square * square)):
                 power[i] += value.sum(0)
-        for name in ("attn", "mlp"):
-            for l in range(L):
-                parts[f"{name}_variance"][l] += token_variance(trace.branches[name][l])
-                parts[f"{name}_module_variance"][l] += token_variance(trace.modules[name][l])
-        top, order = top.topk(min(TOP, len(top)))
-        top_state, n = top_state[order], n + x[..., 0].numel()
-    m1, p2, p3, p4 = powers / n
-    m2 = p2 - m1**2
-    m4 = p4 - 4 * m1 * p3 + 6 * m1**2 * p2 - 3 * m1**4
-    kurtosis = torch.where(m2 > 1e-30, m4 / m2**2, math.nan)
-    return {
-        "variance": variance / n,
-        "magnitude": magnitude / n,
-        **{name: total / n for name, total in parts.items()},
-        "kurtosis": kurtosis.nanmean(-1),
-        "kurtosis_per_dim": kurtosis,
-        "largest": largest,
-        "over_float16": over.long(),
-        "top": top,
-        "top_state": top_state,
-    }
+        for name, total in self.inside.items():
+            for l, layer in enumerate(trace.inside):
+                total[l] += token_variance(layer[name]) if name in layer else math.nan
+        self.top, order = self.top.topk(min(TOP, len(self.top)))
+        self.top_state = self.top_state[order]
+        self.n += trace.n_tokens
+
+    def result(self):
+        m1, p2, p3, p4 = self.powers / self.n
+        m2 = p2 - m1**2
+        m4 = p4 - 4 * m1 * p3 + 6 * m1**2 * p2 - 3 * m1**4
+        kurtosis = torch.where(m2 > 1e-30, m4 / m2**2, math.nan)
+        return {
+            "variance": self.variance / self.n,
+            "magnitude": self.magnitude / self.n,
+            **{f"{name}_variance": total / self.n for name, total in self.inside.items()},
+            "kurtosis": kurtosis.nanmean(-1),
+            "kurtosis_per_dim": kurtosis,
+            "largest": self.largest,
+            "over_float16": self.over_float16.long(),
+            "top": self.top,
+            "top_state": self.top_state,
+        }
 
 
 def token_variance(x):
-    """Sum over tokens of the variance over the dimensions (1/d) of x (B, T, d); nan for None."""
-    if x is None:
-        return torch.tensor(math.nan)
+    """Sum over tokens of the variance over the dimensions (1/d) of x (B, T, d)."""
     return x.var(-1, correction=0).double().sum()
 
 
-@measure
-def angular_distance(model):
+class AngularDistance:
     """(L, L) with d(l, n) = arccos(cos(x_l, x_{l+n})) / pi at [l - 1, n - 1], mean over all tokens (LNS Eq. 1).
 
     0 for the same direction, 1/2 for orthogonal ones; nan where l + n > L + 1. x_{L+1} is the residual state before the
     final norm. LNS's published code takes each window's last token only and min-max scales its heat maps.
     """
-    L = len(model.blocks)
-    total, n = zeros(model, L + 1, L + 1), 0
-    while trace := (yield):
+
+    def __init__(self, model):
+        L = len(model.blocks)
+        self.total, self.n = zeros(model, L + 1, L + 1), 0
+
+    def update(self, trace):
         u = F.normalize(torch.stack(trace.states, dim=2).double(), dim=-1).flatten(0, 1)  # (tokens, L + 1, d)
-        total += (u @ u.mT).clamp(-1, 1).arccos().sum(0) / math.pi
-        n += len(u)
-    result = torch.full_like(total[1:, 1:], math.nan)
-    for l in range(L):
-        result[l, : L - l] = total[l, l + 1 :] / n
-    return result
+        self.total += (u @ u.mT).clamp(-1, 1).arccos().sum(0) / math.pi
+        self.n += len(u)
+
+    def result(self):
+        L = len(self.total) - 1
+        distance = torch.full_like(self.total[1:, 1:], math.nan)
+        for l in range(L):
+            distance[l, : L - l] = self.total[l, l + 1 :] / self.n
+        return distance
+
+
+stream, angular_distance = as_function(Stream), as_function(AngularDistance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,8 +330,7 @@ def angular_distance(model):
 ATTENTION_THRESHOLDS = 1e-3, 1e-4, 1e-6
 
 
-@measure
-def attention(model, map_size=256):
+class Attention:
     """Sparsity and entropy of the attention weights A (T, T) of each head, a dict:
 
     causal_sparsity  (3, L, n_head)  share of A_ij < 1e-3, 1e-4, 1e-6 over the entries that are attended to (j <= i)
@@ -344,35 +338,43 @@ def attention(model, map_size=256):
                                      its mean over layers and heads is Eq. 16
     entropy          (L, n_head)     -sum_j A_ij log A_ij in nats, 0 log 0 = 0, mean over queries i and sequences
     maps             (L, n_head, P, P)  A averaged over sequences, its first P = min(T, map_size) positions (Sparsity
-                                     Figure 6, which shows A^0.2)
+                                     Figure 6, which shows A^0.2); map_size is 256 unless given
     """
-    L, H = len(model.blocks), model.config.n_head
-    below, entropy, maps = zeros(model, 3, L, H), zeros(model, L, H), None
-    n_sequences = n_queries = n_causal = n_all = 0
-    while trace := (yield "inside"):
+
+    def __init__(self, model, map_size=256):
+        L, H = len(model.blocks), model.config.n_head
+        self.map_size, self.maps = map_size, None
+        self.below, self.entropy, self.n_causal = zeros(model, 3, L, H), zeros(model, L, H), zeros(model, L, 1)
+        self.n_sequences = self.n_queries = self.n_all = 0
+
+    def update(self, trace):
         B, T = trace.targets.shape
-        P = min(T, map_size)
-        if maps is None:
-            maps = zeros(model, L, H, P, P)
-        for l, call in enumerate(trace.attention):
-            if call is None:
-                below[:, l], entropy[l] = math.nan, math.nan
+        P = min(T, self.map_size)
+        if self.maps is None:
+            self.maps = zeros(trace.model, *self.entropy.shape, P, P)
+        for l, layer in enumerate(trace.inside):
+            if "attention" not in layer:
+                self.below[:, l], self.entropy[l] = math.nan, math.nan
                 continue
-            q, k, mask = call
+            q, k, mask = layer["attention"]
             for b in range(B):
                 A, visible = attention_weights(q[b], k[b], mask)  # (n_head, T, T)
                 # masked weights are below every threshold: they are taken off again
-                below[:, l] += torch.stack([(A < e).sum((1, 2)) for e in ATTENTION_THRESHOLDS]) - (~visible).sum()
-                entropy[l] += torch.special.entr(A).sum((1, 2))
-                maps[l] += A[:, :P, :P]
-        n_sequences, n_queries = n_sequences + B, n_queries + B * T
-        n_causal, n_all = n_causal + B * visible.sum(), n_all + B * T * T
-    return {
-        "causal_sparsity": below / n_causal,
-        "sparsity": (below + n_all - n_causal) / n_all,
-        "entropy": entropy / n_queries,
-        "maps": maps / n_sequences,
-    }
+                self.below[:, l] += torch.stack([(A < e).sum((1, 2)) for e in ATTENTION_THRESHOLDS]) - (~visible).sum()
+                self.entropy[l] += torch.special.entr(A).sum((1, 2))
+                self.maps[l] += A[:, :P, :P]
+                self.n_causal[l] += visible.sum()
+        self.n_sequences += B
+        self.n_queries += B * T
+        self.n_all += B * T * T
+
+    def result(self):
+        return {
+            "causal_sparsity": self.below / self.n_causal,
+            "sparsity": (self.below + self.n_all - self.n_causal) / self.n_all,
+            "entropy": self.entropy / self.n_queries,
+            "maps": self.maps / self.n_sequences,
+        }
 
 
 def attention_weights(q, k, mask=None):
@@ -386,8 +388,7 @@ def attention_weights(q, k, mask=None):
     return scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1), visible
 
 
-@measure
-def experts(model):
+class Experts:
     """How the M layers with experts use them, a dict; UserError for a model without.
 
     layers   (M)     their numbers l
@@ -395,23 +396,37 @@ def experts(model):
     dead     (M)     share of the experts that no token chose
     entropy  (M)     of the router's probabilities, softmax over all experts, in nats, mean over tokens: at most log E
     """
-    layers = [l for l, block in enumerate(model.blocks, 1) if hasattr(getattr(block, "mlp", None), "router")]
-    if not layers:
-        raise UserError("experts: this model has none")
-    k, E = model.config.n_expert_active, model.config.n_expert
-    chosen, entropy, n = zeros(model, len(layers), E), zeros(model, len(layers)), 0
-    while trace := (yield "inside"):
-        for i, l in enumerate(layers):
-            p = model.blocks[l - 1].mlp.route(trace.mlp_inputs[l - 1].flatten(0, 1)).softmax(-1)
-            chosen[i] += p.topk(k).indices.flatten().bincount(minlength=E)
-            entropy[i] += torch.special.entr(p).sum()
-        n += len(p)
-    return {
-        "layers": torch.tensor(layers),
-        "load": chosen / (n * k),
-        "dead": (chosen == 0).double().mean(-1),
-        "entropy": entropy / n,
-    }
+
+    def __init__(self, model):
+        self.layers, self.top_k = layers_with_experts(model), model.config.n_expert_active
+        if not self.layers:
+            raise UserError("experts: this model has none")
+        M, E = len(self.layers), model.config.n_expert
+        self.chosen, self.entropy, self.n = zeros(model, M, E), zeros(model, M), 0
+
+    def update(self, trace):
+        for i, l in enumerate(self.layers):
+            tokens = trace.inside[l - 1]["mlp_module_input"].flatten(0, 1)
+            p = trace.model.blocks[l - 1].mlp.route(tokens).softmax(-1)
+            self.chosen[i] += p.topk(self.top_k).indices.flatten().bincount(minlength=p.shape[1])
+            self.entropy[i] += torch.special.entr(p).sum()
+        self.n += trace.n_tokens
+
+    def result(self):
+        return {
+            "layers": torch.tensor(self.layers),
+            "load": self.chosen / (self.n * self.top_k),
+            "dead": (self.chosen == 0).double().mean(-1),
+            "entropy": self.entropy / self.n,
+        }
+
+
+def layers_with_experts(model):
+    """The numbers l of the layers whose MLP has a router."""
+    return [l for l, block in enumerate(model.blocks, 1) if hasattr(getattr(block, "mlp", None), "router")]
+
+
+attention, experts = as_function(Attention), as_function(Experts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,92 +493,20 @@ def weights(model, batches=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Jacobian
-
-
-def jacobian(model, batches, layers=None, own_token=False, rows=16):
-    """Jacobians of whole blocks y = block(x), a dict, with M = len(layers) (a list of numbers l, all by default):
-
-    layers          (M)
-    matrices        (M, d, d)  J = 1/N sum_t sum_t' dy_t' / dx_t over the N tokens, t and t' of one sequence: the mean
-                               over input tokens, cross-token terms included (Sparsity's published code). With own_token
-                               only t' = t: the mean of dy_t / dx_t
-    deviation       (M)        |J - I|_F (Sparsity Figure 2b), and deviation_per_d, divided by d
-    off_diagonal    (M)        Frobenius norm without the diagonal, and off_diagonal_rms, divided by sqrt(d^2 - d)
-    diagonal_mean, diagonal_std (M)   over the d diagonal elements, std with 1/d
-    spectral_norm   (M)        largest singular value
-
-    By reverse mode, `rows` rows of J at a time: J is what backpropagation sees. GPAS stops a gradient, so that J then
-    is not the derivative of the forward function: on the stream its gate does not scale J.
-    """
-    d, layers = model.config.n_embd, list(layers or range(1, len(model.blocks) + 1))
-    if not set(layers) <= set(range(1, len(model.blocks) + 1)):
-        raise UserError(f"layers are {','.join(map(str, layers))}; the model has layers 1 to {len(model.blocks)}")
-    J, n = zeros(model, len(layers), d, d), 0
-    # the fused kernels have no batched backward pass
-    with evaluation(model), sdpa_kernel(SDPBackend.MATH), OwnToken() if own_token else nullcontext():
-        for idx, _ in batches:
-            x = model.embed_norm(model.embed_tokens(idx))
-            for l, block in enumerate(model.blocks[: max(layers)], 1):
-                x = x.detach().requires_grad_(l in layers)
-                y = block(x)
-                for first in range(0, d, rows) if l in layers else ():
-                    some = torch.arange(first, min(first + rows, d), device=x.device)
-                    e = F.one_hot(some, d).to(y.dtype)[:, None, None].expand(-1, *y.shape)  # row i: e_i at each t'
-                    grad = torch.autograd.grad(y, x, e, is_grads_batched=True, retain_graph=some[-1] < d - 1)[0]
-                    J[layers.index(l), some] += grad.sum((1, 2)).double()
-                x = y
-            n += idx.numel()
-    J = J / n
-    diagonal = J.diagonal(dim1=1, dim2=2)
-    deviation = torch.linalg.matrix_norm(J - torch.eye(d, device=J.device))
-    off_diagonal = torch.linalg.matrix_norm(J - torch.diag_embed(diagonal))
-    return {
-        "layers": torch.tensor(layers),
-        "matrices": J,
-        "deviation": deviation,
-        "deviation_per_d": deviation / d,
-        "off_diagonal": off_diagonal,
-        "off_diagonal_rms": off_diagonal / math.sqrt(d * d - d),
-        "diagonal_mean": diagonal.mean(1),
-        "diagonal_std": diagonal.std(1, correction=0),
-        "spectral_norm": torch.linalg.matrix_norm(J, 2),
-    }
-
-
-class OwnToken(TorchFunctionMode):
-    """Attention of the same value whose gradient reaches a token's output from that token only: the keys and values of
-    the others are constants."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v = args[:3]
-        k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for z in (k, v))
-        visible = attention_weights(q.detach(), k.detach(), kwargs.get("attn_mask"))[1]
-        own_score = (q.detach() * (k - k.detach())).sum(-1)  # 0, with the gradient of q_t k_t by k_t
-        scores = (q @ k.detach().mT + torch.diag_embed(own_score)) / math.sqrt(q.shape[-1])
-        A = scores.masked_fill(~visible, -math.inf).softmax(-1)
-        own_weight = A.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        return A @ v.detach() + own_weight * (v - v.detach())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Layer importance
 #
-# What comes before a changed layer stays as it was: everything here starts from the kept states of the unchanged pass.
+# The layers before a changed one give what they gave: everything here starts from the states of the unchanged model.
 # Blocks are moved and left out whole, with their own constants (the s of LNS, the kind of Mix-LN's layer).
 
 
 def apply(blocks, x):
+    """The residual state x (B, T, n_embd) after some blocks in turn."""
     for block in blocks:
         x = block(x)
     return x
 
 
-@measure
-def removal(model):
+class Removal:
     """Loss without each layer, and what skipping layer s changes in the later ones, a dict:
 
     loss, perplexity  floats  of the unchanged model
@@ -575,58 +518,71 @@ def removal(model):
     causal_score      float   1/L sum_s mean_{l>s} C(s, l), the last s counting 0
     causal_score_normalized   the same times 1/sqrt(L) (Sparsity Eq. 6; its published values look un-normalized)
     """
-    L = len(model.blocks)
-    loss, removed, n = 0.0, zeros(model, L), 0
-    size, change = zeros(model, L), zeros(model, L, L)
-    while trace := (yield):
-        x = trace.states
+
+    def __init__(self, model):
+        L = len(model.blocks)
+        self.loss, self.removed, self.n = 0.0, zeros(model, L), 0
+        self.size, self.change = zeros(model, L), zeros(model, L, L)
+
+    def update(self, trace):
+        x, blocks = trace.states, trace.model.blocks
+        L = len(blocks)
         update = [x[l + 1] - x[l] for l in range(L)]
-        size += torch.stack([u.norm(dim=-1).double().sum() for u in update])
+        self.size += torch.stack([u.norm(dim=-1).double().sum() for u in update])
         for s in range(L):
             h = x[s]
             for l in range(s + 1, L):
-                after = model.blocks[l](h)
-                change[s, l] += (update[l] - (after - h)).norm(dim=-1).double().sum()
+                after = blocks[l](h)
+                self.change[s, l] += (update[l] - (after - h)).norm(dim=-1).double().sum()
                 h = after
-            removed[s] += loss_sum(model, h, trace.targets)
-        loss, n = loss + trace.loss.item(), n + trace.n_targets
-    loss, removed = loss / n, removed / n
-    later = torch.ones(L, L, device=change.device).triu(1).bool()
-    C = torch.where(change == 0, 0.0, change / size).masked_fill(~later, math.nan)
-    score = C.nanmean(1).nan_to_num(0.0).mean().item()
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "loss_drop": removed - loss,
-        "perplexity_drop": removed.exp() - math.exp(loss),
-        "causal": C,
-        "causal_score": score,
-        "causal_score_normalized": score / math.sqrt(L),
-    }
+            self.removed[s] += loss_sum(trace.model, h, trace.targets)
+        self.loss += trace.loss.item()
+        self.n += trace.n_targets
+
+    def result(self):
+        L, loss, removed = len(self.removed), self.loss / self.n, self.removed / self.n
+        later = torch.ones(L, L, device=removed.device).triu(1).bool()
+        C = torch.where(self.change == 0, 0.0, self.change / self.size).masked_fill(~later, math.nan)
+        score = C.nanmean(1).nan_to_num(0.0).mean().item()
+        return {
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "loss_drop": removed - loss,
+            "perplexity_drop": removed.exp() - math.exp(loss),
+            "causal": C,
+            "causal_score": score,
+            "causal_score_normalized": score / math.sqrt(L),
+        }
 
 
-@measure
-def permutation(model):
+class Permutation:
     """|loss(i and j swapped) - loss| / |loss| for every pair of layers (Sparsity Eq. 7), a dict:
 
     matrix  (L, L)  symmetric, the diagonal 0
     score   float   mean over the pairs i < j (Sparsity Eq. 8); 0 for a single layer
     """
-    L, blocks = len(model.blocks), model.blocks
-    loss, swapped = zeros(model), zeros(model, L, L)
-    while trace := (yield):
-        for i in range(L):
-            for j in range(i + 1, L):
+
+    def __init__(self, model):
+        L = len(model.blocks)
+        self.loss, self.swapped = zeros(model), zeros(model, L, L)
+
+    def update(self, trace):
+        blocks = trace.model.blocks
+        for i in range(len(blocks)):
+            for j in range(i + 1, len(blocks)):
                 order = [blocks[j], *blocks[i + 1 : j], blocks[i], *blocks[j + 1 :]]
-                swapped[i, j] += loss_sum(model, apply(order, trace.states[i]), trace.targets)
-        loss += trace.loss
-    P = ((swapped - loss).abs() / loss.abs()).triu(1)
-    return {"matrix": P + P.mT, "score": (P.sum() / max(1, L * (L - 1) / 2)).item()}
+                self.swapped[i, j] += loss_sum(trace.model, apply(order, trace.states[i]), trace.targets)
+        self.loss += trace.loss
+
+    def result(self):
+        L = len(self.swapped)
+        P = ((self.swapped - self.loss).abs() / self.loss.abs()).triu(1)
+        return {"matrix": P + P.mT, "score": (P.sum() / max(1, L * (L - 1) / 2)).item()}
 
 
-def usefulness(model, batches, threshold=1.1):
+class Usefulness:
     """What the nonlinearity of each layer is worth: the loss with the block replaced by its least-squares affine map
-    from its own inputs to its own outputs (Sparsity Eq. 9, 10), a dict:
+    from its own inputs to its own outputs, the `maps` of affine_maps (Sparsity Eq. 9, 10), a dict:
 
     ratio       (L)    loss(l replaced) / loss
     loss_drop   (L)    loss(l replaced) - loss
@@ -634,31 +590,52 @@ def usefulness(model, batches, threshold=1.1):
     effective, wasted  how many layers are and are not
     score       float  effective / L
 
-    Two passes over `batches` (a list): one fits, one measures. Sparsity's published script installs the fitted matrix
-    transposed in nn.Linear, which makes its scores too high. Warns under 4 d tokens, UserError under d + 1.
+    Sparsity's published script installs the fitted matrix transposed in nn.Linear, which makes its scores too high.
     """
-    maps = affine_maps(model, batches)
-    return replacement(model, batches, maps=maps, threshold=threshold)
+
+    def __init__(self, model, maps, threshold=1.1):
+        self.maps, self.threshold = maps, threshold
+        self.loss, self.replaced, self.n = zeros(model), zeros(model, len(maps)), 0
+
+    def update(self, trace):
+        for l, (W, b) in enumerate(self.maps):
+            h = apply(trace.model.blocks[l + 1 :], F.linear(trace.states[l], W, b))
+            self.replaced[l] += loss_sum(trace.model, h, trace.targets)
+        self.loss += trace.loss
+        self.n += trace.n_targets
+
+    def result(self):
+        ratio = self.replaced / self.loss
+        useful = ratio > self.threshold
+        effective = int(useful.sum())
+        return {
+            "ratio": ratio,
+            "loss_drop": (self.replaced - self.loss) / self.n,
+            "useful": useful,
+            "effective": effective,
+            "wasted": len(useful) - effective,
+            "score": effective / len(useful),
+        }
 
 
-@measure
-def affine_maps(model):
+@torch.no_grad()
+def affine_maps(model, batches):
     """L pairs (W (d, d), b (d)) with the least |x W^T + b - y|^2 over all tokens, y = block(x): as F.linear takes them.
 
     Normal equations in float64, summed batch by batch, so that memory does not grow with the tokens; where the inputs
-    do not span all dimensions, a solution of least norm (of the dimensions scaled to equal size).
+    do not span all dimensions, a solution of least norm (of the dimensions scaled to equal size). Warns under 4 d
+    tokens, UserError under d + 1.
     """
     L, d = len(model.blocks), model.config.n_embd
     xx, xy, n = zeros(model, L, d + 1, d + 1), zeros(model, L, d + 1, d), 0
-    while trace := (yield):
-        one = torch.ones_like(trace.states[0][..., :1]).double().flatten(0, 1)
-        x = torch.cat((trace.states[0].double().flatten(0, 1), one), dim=1)
-        for l in range(L):
-            y = trace.states[l + 1].double().flatten(0, 1)
-            xx[l] += x.mT @ x
-            xy[l] += x.mT @ y
-            x = torch.cat((y, one), dim=1)
-        n += len(one)
+    with evaluation(model):
+        for idx, targets in batches:
+            states = [x.double().flatten(0, 1) for x in Trace(model, idx, targets).states]
+            for l in range(L):
+                x = F.pad(states[l], (0, 1), value=1.0)  # (tokens, d + 1): the last dimension is the bias's
+                xx[l] += x.mT @ x
+                xy[l] += x.mT @ states[l + 1]
+            n += idx.numel()
     if n < d + 1:
         raise UserError(f"usefulness: {n} tokens cannot fit a map of {d} dimensions and a bias; {d + 1} or more can")
     if n < 4 * d:
@@ -669,26 +646,13 @@ def affine_maps(model):
     return [(m[:-1].mT.contiguous(), m[-1]) for m in maps]
 
 
-@measure
-def replacement(model, maps, threshold=1.1):
-    """`usefulness` with given affine maps, L pairs (W (d, d), b (d))."""
-    L = len(model.blocks)
-    loss, replaced, n = zeros(model), zeros(model, L), 0
-    while trace := (yield):
-        for l in range(L):
-            h = apply(model.blocks[l + 1 :], F.linear(trace.states[l], *maps[l]))
-            replaced[l] += loss_sum(model, h, trace.targets)
-        loss, n = loss + trace.loss, n + trace.n_targets
-    useful = replaced / loss > threshold
-    effective = int(useful.sum())
-    return {
-        "ratio": replaced / loss,
-        "loss_drop": (replaced - loss) / n,
-        "useful": useful,
-        "effective": effective,
-        "wasted": L - effective,
-        "score": effective / L,
-    }
+def usefulness(model, batches, threshold=1.1):
+    """The result of Usefulness, in two passes over `batches` (a list): one fits the affine maps, one replaces."""
+    maps = affine_maps(model, batches)
+    return one_pass(model, batches, {"usefulness": Usefulness(model, maps, threshold)})["usefulness"]
+
+
+removal, permutation = as_function(Removal), as_function(Permutation)
 
 
 @torch.no_grad()
@@ -724,9 +688,7 @@ def multiple_choice(model, questions, encoding, batch_size=16):
             idx, targets = zip(*rows[first : first + batch_size])
             idx = torch.nn.utils.rnn.pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
             targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
-            states = [model.embed_norm(model.embed_tokens(idx))]
-            for block in model.blocks:
-                states.append(block(states[-1]))
+            states = Trace(model, idx, targets).states
             ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
             logits = (model.lm_head(model.norm(h)).float().transpose(1, 2) for h in ends)
             likelihood += torch.stack([-F.cross_entropy(z, targets, reduction="none").sum(1) for z in logits], dim=1)
@@ -737,6 +699,251 @@ def multiple_choice(model, questions, encoding, batch_size=16):
         correct += per_character.argmax(0) == answer
     accuracy = correct / len(questions)
     return {"accuracy": accuracy[0].item(), "score_drop": accuracy[0] - accuracy[1:], "n_questions": len(questions)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jacobian
+
+
+def jacobian(model, batches, layers=None, own_token=False, rows=16):
+    """Jacobians of whole blocks y = block(x), a dict, with M = len(layers) (a list of numbers l, all by default):
+
+    layers          (M)
+    matrices        (M, d, d)  J = 1/N sum_t sum_t' dy_t' / dx_t over the N tokens, t and t' of one sequence: the mean
+                               over input tokens, cross-token terms included (Sparsity's published code). With own_token
+                               only t' = t: the mean of dy_t / dx_t
+    deviation       (M)        |J - I|_F (Sparsity Figure 2b), and deviation_per_d, divided by d
+    off_diagonal    (M)        Frobenius norm without the diagonal, and off_diagonal_rms, divided by sqrt(d^2 - d)
+    diagonal_mean, diagonal_std (M)   over the d diagonal elements, std with 1/d
+    spectral_norm   (M)        largest singular value
+
+    By reverse mode, `rows` rows of J at a time: J is what backpropagation sees. GPAS stops a gradient, so that J then
+    is not the derivative of the forward function: on the stream its gate does not scale J.
+    """
+    d, layers = model.config.n_embd, list(layers or range(1, len(model.blocks) + 1))
+    if not set(layers) <= set(range(1, len(model.blocks) + 1)):
+        raise UserError(f"layers are {','.join(map(str, layers))}; the model has layers 1 to {len(model.blocks)}")
+    J, n = zeros(model, len(layers), d, d), 0
+    function = own_token_attention if own_token else scaled_dot_product_attention
+    # the fused kernels have no batched backward pass
+    with evaluation(model), sdpa_kernel(SDPBackend.MATH), patch.object(F, "scaled_dot_product_attention", function):
+        for idx, _ in batches:
+            x = model.embed_norm(model.embed_tokens(idx))
+            for l, block in enumerate(model.blocks[: max(layers)], 1):
+                x = x.detach().requires_grad_(l in layers)
+                y = block(x)
+                for first in range(0, d, rows) if l in layers else ():
+                    some = torch.arange(first, min(first + rows, d), device=x.device)
+                    e = F.one_hot(some, d).to(y.dtype)[:, None, None].expand(-1, *y.shape)  # row i: e_i at each t'
+                    grad = torch.autograd.grad(y, x, e, is_grads_batched=True, retain_graph=some[-1] < d - 1)[0]
+                    J[layers.index(l), some] += grad.sum((1, 2)).double()
+                x = y
+            n += idx.numel()
+    J = J / n
+    diagonal = J.diagonal(dim1=1, dim2=2)
+    deviation = torch.linalg.matrix_norm(J - torch.eye(d, device=J.device))
+    off_diagonal = torch.linalg.matrix_norm(J - torch.diag_embed(diagonal))
+    return {
+        "layers": torch.tensor(layers),
+        "matrices": J,
+        "deviation": deviation,
+        "deviation_per_d": deviation / d,
+        "off_diagonal": off_diagonal,
+        "off_diagonal_rms": off_diagonal / math.sqrt(d * d - d),
+        "diagonal_mean": diagonal.mean(1),
+        "diagonal_std": diagonal.std(1, correction=0),
+        "spectral_norm": torch.linalg.matrix_norm(J, 2),
+    }
+
+
+def own_token_attention(q, k, v, attn_mask=None, **_):
+    """Attention of the same value whose gradient reaches a token's output from that token only: the keys and values of
+    the others are constants. Takes what scaled_dot_product_attention takes."""
+    k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for z in (k, v))
+    visible = attention_weights(q.detach(), k.detach(), attn_mask)[1]
+    own_score = (q.detach() * (k - k.detach())).sum(-1)  # 0, with the gradient of q_t k_t by k_t
+    scores = (q @ k.detach().mT + torch.diag_embed(own_score)) / math.sqrt(q.shape[-1])
+    A = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    own_weight = A.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    return A @ v.detach() + own_weight * (v - v.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of the measures: how each is had, and what tables and figures show of it
+
+
+@dataclass
+class Column:
+    """One number for each layer, a column of a table and a panel of a figure."""
+
+    title: str  # the column's head
+    get: str | Callable  # a key of the measure's result, or a function of it; a key that it lacks leaves the column out
+    label: str | None = None  # of the figure's axis, where it says more than the title
+    log: bool = False  # whether the values may span orders of magnitude
+    line: tuple[float, str] | None = None  # a value to compare with, and what it is
+
+
+@dataclass
+class Measure:
+    """One row of the table. A column has L values, L + 1 with the embedding's output first, or one for each of the
+    result's "layers". `totals` are numbers or texts of the run as a whole; of a tensor the mean is shown."""
+
+    what: str  # for --help
+    compute: Callable  # a class, for the shared pass; or a function (model, batches) that makes passes of its own
+    group: str  # columns of one group share a table and the figure <group>.png
+    columns: list[Column] = field(default_factory=list)
+    totals: dict[str, str | Callable] = field(default_factory=dict)
+    matrix: tuple | None = None  # (title, rows, columns, function of the result): a heat map a run, <name>_map.png
+
+
+# The titles of the groups' figures, where they say more than the name.
+GROUPS = {
+    "importance": "what each layer is worth",
+    "stream": "residual stream and branches, held-out text",
+    "parameters": "gradients and weights",
+    "jacobian": "each layer's Jacobian J, token average",
+    "attention": "attention weights, mean over heads",
+}
+
+
+def item(key, i):
+    """A function of a measure's result that gives the i-th of result[key]."""
+    return lambda result: result[key][i]
+
+
+def if_any(key):
+    """A function of a measure's result that gives result[key], or None if no layer has a value."""
+    return lambda result: None if result[key].isnan().all() else result[key]
+
+
+# fmt: off
+MEASURES = {
+    "removal": Measure("loss without each layer, causal scores", Removal, "importance", [
+        Column("loss drop", "loss_drop", "loss without the layer - loss, nats"),
+        Column("perplexity drop", "perplexity_drop", "perplexity without the layer - perplexity"),
+        Column("causal effect", lambda r: r["causal"].nanmean(1), "mean causal effect on later layers"),
+    ], {
+        "loss": "loss", "perplexity": "perplexity",
+        "causal score": "causal_score", "causal / sqrt(L)": "causal_score_normalized",
+    },
+        ("causal effect C(s, l)", "skipped layer s", "later layer l", lambda r: r["causal"])),
+
+    "permutation": Measure("loss with each pair of layers swapped", Permutation, "importance", [
+        Column("mean swap", lambda r: r["matrix"].sum(1) / max(1, len(r["matrix"]) - 1),
+               "mean |loss change| / loss of its swaps"),
+    ], {"permutation score": "score"},
+        ("|change of the loss by a swap| / loss", "layer", "layer", lambda r: r["matrix"])),
+
+    "usefulness": Measure("loss with each layer replaced by an affine map", Usefulness, "importance", [
+        Column("affine loss ratio", "ratio", "loss with an affine map instead / loss", line=(1.1, "useful above 1.1")),
+    ], {"usefulness score": "score", "effective/wasted": lambda r: f"{r['effective']}/{r['wasted']}"}),
+
+    "angular": Measure("angular distance between residual states", AngularDistance, "importance", [
+        Column("angle to next", lambda r: r[:, 0], "angular distance to the next state / pi"),
+    ], {"mean angle to next": lambda r: r[:, 0]},
+        ("angular distance d(l, n), in units of pi", "n layers on", "layer l", lambda r: r.mT)),
+
+    "choices": Measure("multiple-choice accuracy, and without each layer", multiple_choice, "importance", [
+        Column("accuracy drop", "score_drop", "accuracy - accuracy without the layer"),
+    ], {"accuracy": "accuracy"}),
+
+    "stream": Measure("variance, magnitude, kurtosis and largest values of the residual states", Stream, "stream", [
+        Column("variance", "variance", log=True),
+        Column("mean |x|", "magnitude", log=True),
+        Column("largest |x|", "largest", log=True, line=(FLOAT16_MAX, "float16's largest, 65504")),
+        Column("kurtosis", "kurtosis", "kurtosis (3: Gaussian)", log=True),
+        Column("attention variance", "attn_variance", log=True),
+        Column("MLP variance", "mlp_variance", log=True),
+    ], {
+        "last variance": item("variance", -1),
+        "largest |x|": item("top", 0),
+        "|x| > 65504": lambda r: int(r["over_float16"].sum()),
+    }),
+
+    "gradients": Measure("gradient norm and variance of each layer", gradients, "parameters", [
+        Column("gradient norm", "norm", log=True),
+        Column("gradient variance", "variance", log=True),
+    ], {"last layer's gradient": item("norm", -1)}),
+
+    "weights": Measure("weight norms and sparsity, gates, output-norm gains", weights, "parameters", [
+        Column("attention weights", "attn_norm"),
+        Column("MLP weights", "mlp_norm"),
+        Column("gate a", "gates"),
+        Column("1 - act(a)", "gate_scale"),
+        Column("attention out gain", if_any("attn_out_gain")),
+        Column("MLP out gain", if_any("mlp_out_gain")),
+        Column("attention weights / first run's", "attn_norm_ratio"),
+        Column("MLP weights / first run's", "mlp_norm_ratio"),
+    ], {
+        **{f"matrices |w| < {e:g}": item("sparsity_matrices", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
+        **{f"parameters |w| < {e:g}": item("sparsity_all", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
+        "attention weights / first run's": "attn_norm_ratio",
+        "MLP weights / first run's": "mlp_norm_ratio",
+    }),
+
+    "jacobian": Measure("each layer's Jacobian", jacobian, "jacobian", [
+        Column("|J - I|", "deviation"),
+        Column("|J - I| / d", "deviation_per_d"),
+        Column("off-diagonal", "off_diagonal"),
+        Column("off-diagonal rms", "off_diagonal_rms"),
+        Column("diagonal mean", "diagonal_mean"),
+        Column("diagonal std", "diagonal_std"),
+        Column("spectral norm", "spectral_norm"),
+    ], {"mean |J - I|": "deviation"}),
+
+    "attention": Measure("sparsity and entropy of the attention, head maps", Attention, "attention", [
+        *(Column(f"share < {e:g}", item("causal_sparsity", i), f"share < {e:g} of the causal entries")
+          for i, e in enumerate(ATTENTION_THRESHOLDS)),
+        *(Column(f"< {e:g} of T^2", item("sparsity", i), f"share < {e:g} of all T^2 entries")
+          for i, e in enumerate(ATTENTION_THRESHOLDS)),
+        Column("entropy", "entropy", "entropy, nats"),
+    ], {
+        **{f"attention < {e:g}": item("causal_sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
+        **{f"attention < {e:g}, of T^2": item("sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
+        "attention entropy": "entropy",
+    }),
+
+    "experts": Measure("load, dead experts, router entropy", Experts, "experts", [
+        Column("dead experts", "dead"),
+        Column("router entropy", "entropy", "router entropy, nats"),
+    ], {"dead experts": "dead", "router entropy": "entropy"},
+        ("share of the router's choices", "layer with experts", "expert", lambda r: r["load"])),
+}
+# fmt: on
+
+
+def look_up(result, get):
+    """What a row's `get` says of a measure's result: the value under a key, None without; or a function's."""
+    return result.get(get) if isinstance(get, str) else get(result)
+
+
+def shown_columns(result):
+    """{group: [(Column, values)]} of a run: values (L + 1) float64, the embedding's output first, nan where there is
+    none. Gates and heads of a layer are averaged."""
+    L, groups = result["run"]["n_layer"], {}
+    for name, measure in MEASURES.items():
+        for column in measure.columns if name in result else ():
+            values = look_up(result[name], column.get)
+            if values is None:
+                continue
+            layers = torch.arange(L + 1 - len(values), L + 1)
+            if isinstance(result[name], dict):
+                layers = result[name].get("layers", layers)
+            by_layer = torch.full((L + 1,), math.nan, dtype=torch.float64)
+            by_layer[layers] = values.double().cpu().reshape(len(values), -1).mean(1)
+            groups.setdefault(measure.group, []).append((column, by_layer))
+    return groups
+
+
+def shown_totals(result):
+    """{name: number or text} of a run as a whole."""
+    totals = {}
+    for name, measure in MEASURES.items():
+        for title, get in measure.totals.items() if name in result else ():
+            value = look_up(result[name], get)
+            if value is not None:
+                totals[title] = value.double().mean().item() if torch.is_tensor(value) else value
+    return totals
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,17 +970,15 @@ def load_run(out_dir, device="cpu"):
         raise UserError(f"checkpoint {out_dir}/ckpt.pt cannot be read: {type(error).__name__} {reason}") from None
 
 
-def find_data(settings, checkpoint, speaks=False):
+def find_data(settings, checkpoint):
     """Folder of the data set that the settings or the run name; UserError if it is missing or of another tokenizer."""
     of_run = checkpoint["settings"]
     dataset, data_dir = settings.dataset or of_run["dataset"], settings.data_dir or of_run["data_dir"]
     folder = prepare_data.find_data(dataset, data_dir, "val")
-    tokenizer = prepare_data.read_meta(folder).get("tokenizer")
-    if tokenizer and checkpoint["tokenizer"] and tokenizer != checkpoint["tokenizer"]:
-        raise UserError(
-            f"{folder} was made with tokenizer {tokenizer['name']}, the run with {checkpoint['tokenizer']['name']}"
-        )
-    if tokenizer and not checkpoint["tokenizer"] and speaks:
+    of_data, of_run = prepare_data.read_meta(folder).get("tokenizer"), checkpoint["tokenizer"]
+    if of_data and of_run and of_data != of_run:
+        raise UserError(f"{folder} was made with tokenizer {of_data['name']}, the run with {of_run['name']}")
+    if of_data and not of_run:
         text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
         print(f"warning: {text}", file=sys.stderr)
     return folder
@@ -826,17 +1031,17 @@ def read_questions(path):
 # Results of a run, its tables
 
 
-def analyze_run(out_dir, settings, device):
-    """All measures that the settings ask for: {"run": what was measured, metric: its result}."""
+def analyze_run(out_dir, folder, settings, device):
+    """All measures that the settings ask for, on the data in `folder`: {"run": what was measured, name: its result}."""
     model, checkpoint = load_run(out_dir, device)
-    config, wants, name = model.config, settings.wants, Path(out_dir).name
+    config, label, names = model.config, Path(out_dir).name, settings.names()
+    if "experts" in names and not layers_with_experts(model):
+        if settings.metrics != "all":
+            raise UserError(f"metrics=experts: {out_dir} has no experts")
+        names.remove("experts")
     layers = None if settings.layers == "all" else list(dict.fromkeys(map(int, settings.layers.split(","))))
     if layers and max(layers) > config.n_layer:
         raise UserError(f"--layers={settings.layers}: {out_dir} has layers 1 to {config.n_layer}")
-    has_experts = any(hasattr(block.mlp, "router") for block in model.blocks)
-    if not has_experts and settings.metrics != "all" and wants("experts"):
-        raise UserError(f"metrics=experts: {out_dir} has no experts")
-    folder = find_data(settings, checkpoint)
 
     def batches(tokens, batch_size):
         return load_batches(folder, config, tokens, batch_size, settings.block_size, device)
@@ -848,132 +1053,56 @@ def analyze_run(out_dir, settings, device):
     result = {"run": {"out_dir": str(out_dir), "norm": config.norm, "n_layer": config.n_layer, "n_embd": config.n_embd}}
     result["run"].update(step=checkpoint["step"], data=str(folder), tokens=n_tokens)
 
-    # first what the unchanged model shows, then what changed ones do: the affine maps are fitted to all text before
-    first = {"stream": stream, "angular": angular_distance, "attention": attention}
-    started = {metric: f.start(model) for metric, f in first.items() if wants(metric)}
-    if wants("experts") and has_experts:
-        started["experts"] = experts.start(model)
-    if wants("usefulness"):
-        started["maps"] = affine_maps.start(model)
-    if started:
-        result.update(one_pass(model, progress(text, f"{name}: {', '.join(started)}"), started))
-    second = {"removal": removal, "permutation": permutation}
-    started = {metric: f.start(model) for metric, f in second.items() if wants(metric)}
-    if wants("usefulness"):
-        started["usefulness"] = replacement.start(model, maps=result.pop("maps"))
-    if started:
-        result.update(one_pass(model, progress(text, f"{name}: {', '.join(started)}"), started))
-    if wants("gradients"):
-        result["gradients"] = gradients(model, progress(text, f"{name}: gradients"))
-    if wants("weights"):
-        result["weights"] = weights(model)
-    if wants("jacobian"):
+    # the classes share one pass, the functions make their own; some need other data than the text, or options
+    data, options = {}, {}
+    if "usefulness" in names:
+        options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{label}: affine maps"))}
+    if "jacobian" in names:
         some = batches(settings.jacobian_tokens, 1)
-        result["jacobian"] = jacobian(model, progress(some, f"{name}: jacobian"), layers, settings.own_token)
-        result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in some)
-    if settings.choices:
+        data["jacobian"] = progress(some, f"{label}: jacobian")
+        options["jacobian"] = {"layers": layers, "own_token": settings.own_token}
+    if "choices" in names:
         if not checkpoint["tokenizer"]:
             raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-        encoding = prepare_data.build_encoding(checkpoint["tokenizer"])
-        result["choices"] = multiple_choice(model, read_questions(settings.choices), encoding)
+        data["choices"] = read_questions(settings.choices)
+        options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
+    measures = {}
+    for name in names:
+        compute = functools.partial(MEASURES[name].compute, model, **options.get(name, {}))
+        if isinstance(MEASURES[name].compute, type):
+            measures[name] = compute()
+        else:
+            result[name] = compute(data.get(name) or progress(text, f"{label}: {name}"))
+    if measures:
+        result.update(one_pass(model, progress(text, f"{label}: {', '.join(measures)}"), measures))
+    if "jacobian" in names:
+        result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in some)
     return result
 
 
-def columns(result):
-    """(group, title, values, log) of everything that a run has one number a layer of: values (L + 1), the embedding's
-    output first (nan where it has none), log whether it spans orders of magnitude. Tables and figures show these."""
-    L, nan = result["run"]["n_layer"], torch.tensor([math.nan], dtype=torch.float64)
-
-    def by_layer(values):
-        return torch.cat((nan, torch.as_tensor(values).double().cpu()))
-
-    if r := result.get("stream"):
-        for title, key in (("variance", "variance"), ("mean |x|", "magnitude"), ("largest |x|", "largest")):
-            yield "stream", title, r[key].cpu(), True
-        yield "stream", "kurtosis", r["kurtosis"].cpu(), True
-        for title, key in (("attention", "attn"), ("MLP", "mlp")):
-            yield "stream", f"{title} variance", by_layer(r[f"{key}_variance"]), True
-    if r := result.get("gradients"):
-        yield "parameters", "gradient norm", by_layer(r["norm"]), True
-        yield "parameters", "gradient variance", by_layer(r["variance"]), True
-    if r := result.get("weights"):
-        yield "parameters", "attention weights", by_layer(r["attn_norm"]), False
-        yield "parameters", "MLP weights", by_layer(r["mlp_norm"]), False
-        if "gates" in r:
-            yield "parameters", "gate a", by_layer(r["gates"].mean(1)), False
-            yield "parameters", "1 - act(a)", by_layer(r["gate_scale"].mean(1)), False
-        for title, key in (("attention out gain", "attn_out_gain"), ("MLP out gain", "mlp_out_gain")):
-            if not r[key].isnan().all():
-                yield "parameters", title, by_layer(r[key]), False
-    if r := result.get("removal"):
-        yield "importance", "loss drop", by_layer(r["loss_drop"]), False
-        yield "importance", "perplexity drop", by_layer(r["perplexity_drop"]), False
-        yield "importance", "causal effect", by_layer(r["causal"].nanmean(1)), False
-    if r := result.get("permutation"):
-        yield "importance", "mean swap", by_layer(r["matrix"].sum(1) / max(1, L - 1)), False
-    if r := result.get("usefulness"):
-        yield "importance", "affine loss ratio", by_layer(r["ratio"]), False
-    if "angular" in result:
-        yield "importance", "angle to next", by_layer(result["angular"][:, 0]), False
-    if r := result.get("choices"):
-        yield "importance", "accuracy drop", by_layer(r["score_drop"]), False
-    if r := result.get("jacobian"):
-        titles = {"deviation": "|J - I|", "deviation_per_d": "|J - I| / d", "off_diagonal": "off-diagonal"}
-        titles["off_diagonal_rms"] = "off-diagonal rms"
-        titles.update(diagonal_mean="diagonal mean", diagonal_std="diagonal std", spectral_norm="spectral norm")
-        for key, title in titles.items():
-            values = torch.full((L + 1,), math.nan, dtype=torch.float64)
-            values[r["layers"]] = r[key].cpu()
-            yield "jacobian", title, values, False
-    if r := result.get("attention"):
-        for e, values in zip(ATTENTION_THRESHOLDS, r["causal_sparsity"].mean(2)):
-            yield "attention", f"share < {e:g}", by_layer(values), False
-        for e, values in zip(ATTENTION_THRESHOLDS, r["sparsity"].mean(2)):
-            yield "attention", f"< {e:g} of T^2", by_layer(values), False
-        yield "attention", "entropy", by_layer(r["entropy"].mean(1)), False
-    if r := result.get("experts"):
-        for title, key in (("dead experts", "dead"), ("router entropy", "entropy")):
-            values = torch.full((L + 1,), math.nan, dtype=torch.float64)
-            values[r["layers"]] = r[key].cpu()
-            yield "experts", title, values, False
+def weight_ratios(results):
+    """Norms of the weights over the first run's, {run: {"attn": (L), "mlp": (L)}}, where both have as many layers (GPAS
+    Figure 6)."""
+    runs = [(name, r["weights"]) for name, r in results.items() if "weights" in r]
+    return {
+        name: {part: (r[f"{part}_norm"] / runs[0][1][f"{part}_norm"]).cpu() for part in ("attn", "mlp")}
+        for name, r in runs[1:]
+        if len(r["attn_norm"]) == len(runs[0][1]["attn_norm"])
+    }
 
 
-def summary(result):
-    """{name: number or text} of a run as a whole, one line of the comparison."""
-    line = {}
-    if r := result.get("removal"):
-        line.update({"loss": r["loss"], "perplexity": r["perplexity"]})
-    if r := result.get("stream"):
-        line["last variance"], line["largest |x|"] = r["variance"][-1].item(), r["top"][0].item()
-        line["|x| > 65504"] = int(r["over_float16"].sum())
-    if "angular" in result:
-        line["mean angle to next"] = result["angular"][:, 0].mean().item()
-    if r := result.get("gradients"):
-        line["last layer's gradient"] = r["norm"][-1].item()
-    if r := result.get("weights"):
-        for e, share in zip(WEIGHT_THRESHOLDS, r["sparsity_matrices"].tolist()):
-            line[f"matrices |w| < {e:g}"] = share
-        for e, share in zip(WEIGHT_THRESHOLDS, r["sparsity_all"].tolist()):
-            line[f"parameters |w| < {e:g}"] = share
-    if r := result.get("removal"):
-        line["causal score"], line["causal / sqrt(L)"] = r["causal_score"], r["causal_score_normalized"]
-    if r := result.get("permutation"):
-        line["permutation score"] = r["score"]
-    if r := result.get("usefulness"):
-        line["usefulness score"], line["effective/wasted"] = r["score"], f"{r['effective']}/{r['wasted']}"
-    if r := result.get("jacobian"):
-        line["mean |J - I|"] = r["deviation"].mean().item()
-    if r := result.get("attention"):
-        for e, share in zip(ATTENTION_THRESHOLDS, r["causal_sparsity"].mean((1, 2)).tolist()):
-            line[f"attention < {e:g}"] = share
-        for e, share in zip(ATTENTION_THRESHOLDS, r["sparsity"].mean((1, 2)).tolist()):
-            line[f"attention < {e:g}, of T^2"] = share
-        line["attention entropy"] = r["entropy"].mean().item()
-    if r := result.get("experts"):
-        line["dead experts"], line["router entropy"] = r["dead"].mean().item(), r["entropy"].mean().item()
-    if r := result.get("choices"):
-        line["accuracy"] = r["accuracy"]
-    return line
+IMAGES = "maps", "matrices"  # too large for text: they are in the figures
+
+
+def plain(value):
+    """`value` for JSON: tensors as lists, what is not a number (or not finite) as null, IMAGES left out."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k not in IMAGES}
+    if torch.is_tensor(value):
+        return plain(value.tolist())
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(value):
@@ -993,275 +1122,228 @@ def print_table(head, rows):
 
 def print_run(result):
     """A table a group of measures, one row a layer."""
-    groups = {}
-    for group, title, values, _ in columns(result):
-        groups.setdefault(group, []).append((title, values.tolist()))
-    for group, found in groups.items():
-        layers = range(0 if group == "stream" else 1, result["run"]["n_layer"] + 1)
-        rows = [[str(l or "embedding"), *(show(values[l]) for _, values in found)] for l in layers]
+    for group, columns in shown_columns(result).items():
+        values = torch.stack([by_layer for _, by_layer in columns], dim=1).tolist()  # (L + 1, columns)
+        rows = [[str(l or "embedding"), *map(show, row)] for l, row in enumerate(values)]
+        has_embedding = not all(map(math.isnan, values[0]))
         print(f"\n{group}")
-        print_table(["layer", *(title for title, _ in found)], rows)
+        print_table(["layer", *(column.title for column, _ in columns)], rows if has_embedding else rows[1:])
 
 
-def print_summary(results):
+def print_totals(results):
     """The runs' whole-model numbers, a column a run."""
-    lines = {name: summary(result) for name, result in results.items()}
-    for name, ratios in weight_ratios(results).items():
-        for part, title in (("attn", "attention"), ("mlp", "MLP")):
-            lines[name][f"{title} weights / first run's"] = ratios[part].mean().item()
-    names = list(dict.fromkeys(key for line in lines.values() for key in line))
-    if names:
-        print_table(["", *lines], [[key, *(show(line.get(key, math.nan)) for line in lines.values())] for key in names])
-
-
-def weight_ratios(results):
-    """{run: {"attn", "mlp"}: (L) ratio of its weight norms to the first run's} (GPAS Figure 6), where depths agree."""
-    (first, base), *others = results.items()
-    ratios = {}
-    for name, result in others:
-        if "weights" in result and result["run"]["n_layer"] == base["run"]["n_layer"]:
-            keys = {"attn": "attn_norm", "mlp": "mlp_norm"}
-            ratios[name] = {part: (result["weights"][k] / base["weights"][k]).cpu() for part, k in keys.items()}
-    return ratios
-
-
-IMAGES = "maps", "matrices"  # too large for text: they are in the figures
-
-
-def plain(value):
-    """`value` for JSON: tensors as lists, what is not a number (or not finite) as null, IMAGES left out."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if k not in IMAGES}
-    if torch.is_tensor(value):
-        return plain(value.tolist())
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    totals = {name: shown_totals(result) for name, result in results.items()}
+    titles = list(dict.fromkeys(title for of_run in totals.values() for title in of_run))
+    rows = [[title, *(show(of_run.get(title, math.nan)) for of_run in totals.values())] for title in titles]
+    if rows:
+        print_table(["", *totals], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# Figures. `results` is {run: result}; each function returns the names of the files that it wrote to `folder`
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, each with a dash and a marker for readers of grey.
+COLORS = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"
+DASHES = "-", "--", "-.", ":"
+MARKERS = "o", "s", "^", "D", "v", "P", "X", "*", "<"
 
 
-def load_pyplot(asked):
-    """matplotlib's pyplot, drawing to files; without matplotlib None, or UserError if figures were asked for."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        return plt
-    except ImportError:
-        if asked:
-            raise UserError("figures need matplotlib: pip install matplotlib") from None
+def line_styles(names):
+    """{name: how its lines are drawn}, each different up to 28 names, the same in every figure."""
+    return {
+        name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 4], "marker": MARKERS[i % 9], "ms": 4, "lw": 1.2}
+        for i, name in enumerate(names)
+    }
 
 
-class Figures:
-    """Writes figures of results {run name: result} to a folder with `plt` (load_pyplot); `names` lists the files."""
+def grid(n, n_columns=3, width=3.6, height=2.6):
+    """A figure of n axes in rows of n_columns, and the axes."""
+    from matplotlib.figure import Figure
 
-    def __init__(self, results, folder, plt):
-        self.results, self.folder, self.plt, self.names = results, folder, plt, []
-        few = plt.get_cmap("tab10").colors
-        many = plt.get_cmap("viridis")
-        self.colors = {n: few[i] if len(results) <= 10 else many(i / len(results)) for i, n in enumerate(results)}
-
-    def grid(self, n, n_columns=3, width=3.6, height=2.6):
-        """A figure of n axes in rows of n_columns."""
-        n_rows, n_columns = math.ceil(n / n_columns), min(n, n_columns)
-        size = width * n_columns, height * n_rows + 0.5
-        fig, axes = self.plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
-        for axis in axes.flat[n:]:
-            axis.remove()
-        return fig, axes.flat[:n]
-
-    def save(self, fig, name, title):
-        fig.suptitle(title, fontsize=10)
-        fig.savefig(self.folder / name, dpi=110)
-        self.plt.close(fig)
-        self.names.append(name)
-
-    def label(self, axis, xlabel, ylabel):
-        axis.set_xlabel(xlabel, fontsize=8)
-        axis.set_ylabel(ylabel, fontsize=8)
-        axis.tick_params(which="both", labelsize=7)
-        axis.grid(alpha=0.3)
-
-    def legend(self, fig, axes):
-        """One legend for all axes, below them, where there are several lines."""
-        handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
-        if len(handles) > 1:
-            ncols = min(4, len(handles))
-            fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, fontsize=8)
-
-    def by_layer(self):
-        """For each group of measures a figure of one number a layer, the runs over each other."""
-        groups = {}  # {group: {title: [(run, values, log)]}}
-        for name, result in self.results.items():
-            for group, title, values, log in columns(result):
-                groups.setdefault(group, {}).setdefault(title, []).append((name, values, log))
-        ratios = weight_ratios(self.results)
-        base = next(iter(self.results))
-        for name, parts in ratios.items():
-            for part, title in (("attn", "attention"), ("mlp", "MLP")):
-                values = torch.cat((torch.tensor([math.nan]), parts[part]))
-                groups["parameters"].setdefault(f"{title} weights / {base}'s", []).append((name, values, False))
-        for group, panels in groups.items():
-            fig, axes = self.grid(len(panels))
-            for axis, (title, lines) in zip(axes, panels.items()):
-                for name, values, _ in lines:
-                    where = values.isfinite().nonzero().flatten()
-                    axis.plot(where, values[where], ".-", ms=4, lw=1.2, color=self.colors[name], label=name)
-                if title == "largest |x|":
-                    axis.axhline(FLOAT16_MAX, color="black", lw=0.8, ls="--", label="float16's largest, 65504")
-                low, high = axis.dataLim.intervaly
-                if lines[0][2] and low > 0 and high > 10 * low:
-                    axis.set_yscale("log")
-                if title == "affine loss ratio":
-                    axis.axhline(1.1, color="black", lw=0.8, ls="--", label="useful above 1.1")
-                self.label(axis, "layer (0: embedding)" if group == "stream" else "layer", UNITS.get(title, title))
-                axis.xaxis.get_major_locator().set_params(integer=True)
-            self.legend(fig, axes)
-            self.save(fig, f"{group}.png", FIGURE_TITLES[group])
-
-    def image(self, axis, matrix, title, xlabel, ylabel, **options):
-        """A heat map of (rows, columns), both numbered from 1."""
-        n, m = matrix.shape
-        extent = (0.5, m + 0.5, n + 0.5, 0.5)
-        drawn = axis.imshow(matrix.cpu(), extent=extent, aspect="auto", interpolation="nearest", **options)
-        axis.set_title(title, fontsize=8)
-        self.label(axis, xlabel, ylabel)
-        axis.grid(False)
-        for side in (axis.xaxis, axis.yaxis):
-            side.get_major_locator().set_params(integer=True)
-        return drawn
-
-    def matrices(self):
-        """The layer by layer matrices, a map a run on one scale."""
-        kinds = [
-            ("angular", "angular distance d(l, n), in units of pi", ("layer l", "n layers on"), lambda r: r.mT),
-            ("removal", "causal effect C(s, l)", ("later layer l", "skipped layer s"), lambda r: r["causal"]),
-            ("permutation", "|change of the loss by a swap| / loss", ("layer", "layer"), lambda r: r["matrix"]),
-            ("experts", "share of the router's choices", ("expert", "layer with experts"), lambda r: r["load"]),
-        ]
-        for key, title, labels, get in kinds:
-            found = {name: get(result[key]) for name, result in self.results.items() if key in result}
-            if not found:
-                continue
-            highest = max(m[m.isfinite()].max().item() if m.isfinite().any() else 1.0 for m in found.values())
-            fig, axes = self.grid(len(found), height=3.1)
-            for axis, (name, matrix) in zip(axes, found.items()):
-                drawn = self.image(axis, matrix, name, *labels, vmin=0, vmax=highest)
-            fig.colorbar(drawn, ax=list(axes), fraction=0.05)
-            self.save(fig, f"{key}_map.png", title)
-
-    def jacobians(self):
-        """|J|^0.3 of up to four layers a run (Sparsity Figure 12)."""
-        found = {name: result["jacobian"] for name, result in self.results.items() if "jacobian" in result}
-        if not found:
-            return
-        shown = {name: spread(len(r["layers"]), 4) for name, r in found.items()}
-        n_columns = max(map(len, shown.values()))
-        size = 2.9 * n_columns, 2.8 * len(found) + 0.5
-        fig, axes = self.plt.subplots(len(found), n_columns, figsize=size, squeeze=False, layout="constrained")
-        for row, (name, r) in zip(axes, found.items()):
-            for axis in row[len(shown[name]) :]:
-                axis.remove()
-            for axis, i in zip(row, shown[name]):
-                title = f"{name}, layer {int(r['layers'][i])}"
-                J, labels = r["matrices"][i].abs() ** 0.3, ("input dimension", "output dimension")
-                drawn = self.image(axis, J, title, *labels, vmin=0, vmax=1)
-        fig.colorbar(drawn, ax=axes.ravel().tolist(), fraction=0.03, extend="max")
-        self.save(fig, "jacobian_maps.png", "Jacobian, |J|^0.3")
-
-    def attention_maps(self):
-        """A^0.2 of up to four layers by up to four heads, a file a run (Sparsity Figure 6)."""
-        for name, result in self.results.items():
-            if "attention" not in result:
-                continue
-            maps = result["attention"]["maps"]
-            layers, heads = spread(maps.shape[0], 4), spread(maps.shape[1], 4)
-            fig, axes = self.grid(len(layers) * len(heads), len(heads), 2.4, 2.3)
-            for axis, (l, h) in zip(axes, ((l, h) for l in layers for h in heads)):
-                title = f"layer {l + 1}, head {h + 1}"
-                A, labels = maps[l, h] ** 0.2, ("key position", "query position")
-                drawn = self.image(axis, A, title, *labels, vmin=0, vmax=1)
-            fig.colorbar(drawn, ax=list(axes), fraction=0.03)
-            file = "attention_maps.png" if len(self.results) == 1 else f"attention_maps_{name.replace('/', '_')}.png"
-            self.save(fig, file, f"{name}: attention weights A, (mean over sequences)^0.2")
-
-    def dynamics(self):
-        """Loss, variances, gates and gradients over training, from the logs: a line a run, and for a single run a line
-        a layer."""
-        logs = {name: read_log(Path(result["run"]["out_dir"]) / "log.jsonl") for name, result in self.results.items()}
-        single = len(logs) == 1
-        panels = [("loss", "training loss, nats"), ("val_loss", "held-out loss, nats"), ("grad_norm", "gradient norm")]
-        layered = [("variance", "variance"), ("attn_variance", "attention variance"), ("mlp_variance", "MLP variance")]
-        layered += [("largest", "largest |x|"), ("grad_norms", "gradient norm"), ("grad_variance", "gradient variance")]
-        layered += [("gates", "gate a")]
-        for key, title in layered:
-            panels.append((key, f"{title}, {'each layer' if single else 'mean' if key == 'gates' else 'last layer'}"))
-        panels = [(k, t) for k, t in panels if any(k in r for log in logs.values() for r in log)]
-        if not panels:
-            return
-        fig, axes = self.grid(len(panels))
-        for axis, (key, title) in zip(axes, panels):
-            for name, log in logs.items():
-                steps = [r["step"] for r in log if key in r]
-                values = torch.tensor([r[key] for r in log if key in r], dtype=torch.float64)
-                if not steps:
-                    continue
-                if values.dim() == 3:  # a gate for each sub-layer
-                    values = values.mean(2)
-                if values.dim() == 2 and single:
-                    depth = self.plt.get_cmap("viridis")
-                    for l, line in enumerate(values.T):
-                        axis.plot(steps, line, color=depth(l / max(1, values.shape[1] - 1)), lw=1)
-                else:
-                    line = values if values.dim() == 1 else values.mean(1) if key == "gates" else values[:, -1]
-                    axis.plot(steps, line, color=self.colors[name], lw=1.2, label=name)
-                if key == "grad_norm" or (key in dict(layered) and key != "gates"):
-                    axis.set_yscale("log")
-            self.label(axis, "step", title)
-        if single:
-            L = next(iter(self.results.values()))["run"]["n_layer"]
-            scale = self.plt.cm.ScalarMappable(self.plt.Normalize(1, L), "viridis")
-            bar = fig.colorbar(scale, ax=list(axes), fraction=0.03)
-            bar.set_label("layer", fontsize=8)
-            bar.ax.yaxis.get_major_locator().set_params(integer=True)
-        else:
-            self.legend(fig, axes)
-        self.save(fig, "dynamics.png", "training")
+    n_rows, n_columns = math.ceil(n / n_columns), min(n, n_columns)
+    fig = Figure(figsize=(width * n_columns, height * n_rows + 0.5), layout="constrained")
+    axes = fig.subplots(n_rows, n_columns, squeeze=False)
+    for axis in axes.flat[n:]:
+        axis.remove()
+    return fig, list(axes.flat[:n])
 
 
-FIGURE_TITLES = {
-    "stream": "residual stream and branches, held-out text",
-    "parameters": "gradients and weights",
-    "importance": "what each layer is worth",
-    "jacobian": "each layer's Jacobian J, token average",
-    "attention": "attention weights, mean over heads",
-    "experts": "experts",
-}
-# Labels of axes that say more than a column's head has room for.
-UNITS = {
-    "kurtosis": "kurtosis (3: Gaussian)",
-    "loss drop": "loss without the layer - loss, nats",
-    "perplexity drop": "perplexity without the layer - perplexity",
-    "causal effect": "mean causal effect on later layers",
-    "mean swap": "mean |loss change| / loss of its swaps",
-    "affine loss ratio": "loss with an affine map instead / loss",
-    "angle to next": "angular distance to the next state / pi",
-    "accuracy drop": "accuracy - accuracy without the layer",
-    **{f"share < {e:g}": f"share < {e:g} of the causal entries" for e in ATTENTION_THRESHOLDS},
-    **{f"< {e:g} of T^2": f"share < {e:g} of all T^2 entries" for e in ATTENTION_THRESHOLDS},
-    "entropy": "entropy, nats",
-    "router entropy": "router entropy, nats",
-}
+def label(axis, xlabel, ylabel):
+    axis.set_xlabel(xlabel, fontsize=8)
+    axis.set_ylabel(ylabel, fontsize=8)
+    axis.tick_params(which="both", labelsize=7)
+    axis.grid(alpha=0.3)
+
+
+def legend(fig, axes):
+    """One legend for all axes, below them, where there are several lines."""
+    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels())}
+    if len(handles) > 1:
+        columns = min(4, len(handles))
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def save(fig, path, title):
+    """Writes the figure and returns the file's name."""
+    fig.suptitle(title, fontsize=10)
+    fig.savefig(path, dpi=110)
+    return path.name
+
+
+def image(axis, matrix, title, xlabel, ylabel, **options):
+    """A heat map of (rows, columns), both numbered from 1."""
+    n, m = matrix.shape
+    extent = (0.5, m + 0.5, n + 0.5, 0.5)
+    drawn = axis.imshow(matrix.cpu().numpy(), extent=extent, aspect="auto", interpolation="nearest", **options)
+    axis.set_title(title, fontsize=8)
+    label(axis, xlabel, ylabel)
+    axis.grid(False)
+    for side in (axis.xaxis, axis.yaxis):
+        side.get_major_locator().set_params(integer=True)
+    return drawn
+
+
+def draw_columns(results, folder):
+    """For each group of measures a figure of its columns, the runs over each other."""
+    styles, groups, names = line_styles(results), {}, []  # groups: {group: {title: (Column, {run: values})}}
+    for run_name, result in results.items():
+        for group, columns in shown_columns(result).items():
+            for column, values in columns:
+                _, lines = groups.setdefault(group, {}).setdefault(column.title, (column, {}))
+                lines[run_name] = values
+    for group, panels in groups.items():
+        fig, axes = grid(len(panels))
+        for axis, (column, lines) in zip(axes, panels.values()):
+            for run_name, values in lines.items():
+                layers = values.isfinite().nonzero().flatten()
+                axis.plot(layers.numpy(), values[layers].numpy(), label=run_name, **styles[run_name])
+            if column.line:
+                axis.axhline(column.line[0], color="black", lw=0.8, ls="--", label=column.line[1])
+            low, high = axis.dataLim.intervaly
+            if column.log and low > 0 and high > 10 * low:
+                axis.set_yscale("log")
+            has_embedding = any(values[0].isfinite() for values in lines.values())
+            label(axis, "layer (0: embedding)" if has_embedding else "layer", column.label or column.title)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        legend(fig, axes)
+        names.append(save(fig, folder / f"{group}.png", GROUPS.get(group, group)))
+    return names
+
+
+def draw_matrices(results, folder):
+    """The measures' matrices, a map a run on one scale."""
+    names = []
+    for name, measure in MEASURES.items():
+        measured = {run_name: result[name] for run_name, result in results.items() if name in result}
+        if not measure.matrix or not measured:
+            continue
+        title, rows, columns, get = measure.matrix
+        matrices = {run_name: get(r) for run_name, r in measured.items()}
+        highest = max(m[m.isfinite()].max().item() if m.isfinite().any() else 1.0 for m in matrices.values())
+        fig, axes = grid(len(matrices), height=3.1)
+        for axis, (run_name, matrix) in zip(axes, matrices.items()):
+            drawn = image(axis, matrix, run_name, columns, rows, vmin=0, vmax=highest)
+        fig.colorbar(drawn, ax=axes, fraction=0.05)
+        names.append(save(fig, folder / f"{name}_map.png", title))
+    return names
 
 
 def spread(n, most):
     """At most `most` indices of range(n), evenly spaced, the first and the last included."""
     return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]
+
+
+def draw_jacobians(results, folder):
+    """|J|^0.3 of up to four layers, a row of maps a run (Sparsity Figure 12)."""
+    jacobians = {run_name: result["jacobian"] for run_name, result in results.items() if "jacobian" in result}
+    if not jacobians:
+        return []
+    n_columns = min(4, max(len(r["layers"]) for r in jacobians.values()))
+    fig, axes = grid(len(jacobians) * n_columns, n_columns, 2.9, 2.8)
+    for row, (run_name, r) in enumerate(jacobians.items()):
+        shown, row_axes = spread(len(r["layers"]), 4), axes[row * n_columns : (row + 1) * n_columns]
+        for axis, i in zip(row_axes, shown):
+            title, labels = f"{run_name}, layer {int(r['layers'][i])}", ("input dimension", "output dimension")
+            drawn = image(axis, r["matrices"][i].abs() ** 0.3, title, *labels, vmin=0, vmax=1)
+        for axis in row_axes[len(shown) :]:
+            axis.set_axis_off()
+    fig.colorbar(drawn, ax=axes, fraction=0.03, extend="max")
+    return [save(fig, folder / "jacobian_maps.png", "Jacobian, |J|^0.3")]
+
+
+def draw_attention(results, folder):
+    """A^0.2 of up to four layers by up to four heads, a file a run (Sparsity Figure 6)."""
+    names = []
+    for run_name, result in results.items():
+        if "attention" not in result:
+            continue
+        maps = result["attention"]["maps"]
+        layers, heads = spread(maps.shape[0], 4), spread(maps.shape[1], 4)
+        fig, axes = grid(len(layers) * len(heads), len(heads), 2.4, 2.3)
+        for axis, (l, h) in zip(axes, itertools.product(layers, heads)):
+            title, labels = f"layer {l + 1}, head {h + 1}", ("key position", "query position")
+            drawn = image(axis, maps[l, h] ** 0.2, title, *labels, vmin=0, vmax=1)
+        fig.colorbar(drawn, ax=axes, fraction=0.03)
+        file = "attention_maps.png" if len(results) == 1 else f"attention_maps_{run_name.replace('/', '_')}.png"
+        names.append(save(fig, folder / file, f"{run_name}: attention weights A, (mean over sequences)^0.2"))
+    return names
+
+
+# What a run's log holds over training: the axis's label, and whether it spans orders of magnitude.
+LOGGED = {
+    "loss": ("training loss, nats", False),
+    "val_loss": ("held-out loss, nats", False),
+    "grad_norm": ("gradient norm", True),
+    "variance": ("variance", True),
+    "attn_variance": ("attention variance", True),
+    "mlp_variance": ("MLP variance", True),
+    "largest": ("largest |x|", True),
+    "grad_norms": ("gradient norm", True),
+    "grad_variance": ("gradient variance", True),
+    "gates": ("gate a", False),
+}
+
+
+def draw_training(results, folder):
+    """What changes over training, from the logs. Of what has a number for each layer, a single run shows every layer,
+    several runs show their last one, or the mean of the gates."""
+    import matplotlib
+
+    logs = {run_name: read_log(Path(r["run"]["out_dir"]) / "log.jsonl") for run_name, r in results.items()}
+    logged = {key for log in logs.values() for record in log for key in record}
+    keys = [key for key in LOGGED if key in logged]
+    if not keys:
+        return []
+    is_single, styles = len(logs) == 1, line_styles(results)
+    fig, axes = grid(len(keys))
+    for axis, key in zip(axes, keys):
+        title, is_log = LOGGED[key]
+        for run_name, log in logs.items():
+            steps = [record["step"] for record in log if key in record]
+            values = torch.tensor([record[key] for record in log if key in record], dtype=torch.float64)
+            if values.dim() == 3:  # a gate for each sub-layer
+                values = values.mean(2)
+            if values.dim() == 2 and is_single:
+                title = f"{title}, each layer"
+                colors = matplotlib.colormaps["viridis"].resampled(values.shape[1])
+                for l, line in enumerate(values.T):
+                    axis.plot(steps, line.numpy(), color=colors(l), lw=1)
+                continue
+            if values.dim() == 2:
+                title = LOGGED[key][0] + (", mean" if key == "gates" else ", last layer")
+                values = values.mean(1) if key == "gates" else values[:, -1]
+            axis.plot(steps, values.numpy(), label=run_name, markevery=0.15, **styles[run_name])
+        label(axis, "step", title)
+        if is_log:
+            axis.set_yscale("log")
+    if is_single:
+        n_layer = next(iter(results.values()))["run"]["n_layer"]
+        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, n_layer), "viridis")
+        bar = fig.colorbar(scale, ax=axes, fraction=0.03)
+        bar.set_label("layer", fontsize=8)
+        bar.ax.yaxis.get_major_locator().set_params(integer=True)
+    legend(fig, axes)
+    return [save(fig, folder / "dynamics.png", "training")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1270,19 +1352,24 @@ def spread(n, most):
 
 def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    settings = configure(Settings, "Measures what the layers of trained models do.", positional="out_dirs")
+    measures = "\n".join(f"  {name:<12} {measure.what}" for name, measure in MEASURES.items())
+    description = f"Measures what the layers of trained models do:\n\n{measures}"
+    settings = configure(Settings, description, positional="out_dirs")
     # what can go wrong goes wrong before the long part, what the user wrote before what is not installed
     try:
         device = find_device(settings.device)
-        torch.empty(1, device=device, dtype=torch.float64).item()
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0][:200]}") from None
+        torch.empty(1, device=device, dtype=torch.float64)
+    except (ValueError, TypeError) as error:  # TypeError: Apple's GPUs have no float64
+        raise UserError(f"{str(error).splitlines()[0]} (--device={settings.device})") from None
     if settings.choices:
         read_questions(settings.choices)
+    data = {}
     for out_dir in settings.out_dirs:
-        find_data(settings, load_run(out_dir)[1], speaks=True)
+        data[out_dir] = find_data(settings, load_run(out_dir)[1])
         read_log(Path(out_dir) / "log.jsonl")
-    plt = load_pyplot(settings.figures) if settings.figures is not False else None
+    has_matplotlib = find_spec("matplotlib") is not None
+    if settings.figures and not has_matplotlib:
+        raise UserError("figures need matplotlib: pip install matplotlib")
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (settings.out_dirs[0] if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -1291,17 +1378,20 @@ def main():
     names = settings.out_dirs if len(set(names)) < len(names) else names
     results = {}
     for name, out_dir in zip(names, settings.out_dirs):
-        results[name] = analyze_run(out_dir, settings, device)
+        results[name] = analyze_run(out_dir, data[out_dir], settings, device)
+        ratios = weight_ratios(results)
+        for part, ratio in ratios.get(name, {}).items():
+            results[name]["weights"][f"{part}_norm_ratio"] = ratio
         print_run(results[name])
-    print_summary(results)
-    content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": weight_ratios(results)}
+    print_totals(results)
+    content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": ratios}
     save_whole(folder / "analysis.json", lambda file: file.write(json.dumps(plain(content)).encode() + b"\n"))
     print(f"wrote {folder}/analysis.json")
-    if plt:
-        figures = Figures(results, folder, plt)
-        for draw in (figures.by_layer, figures.matrices, figures.jacobians, figures.attention_maps, figures.dynamics):
-            draw()
-        print(f"and {', '.join(figures.names)}")
+    if has_matplotlib and settings.figures is not False:
+        written = []
+        for draw in (draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_training):
+            written += draw(results, folder)
+        print(f"and {', '.join(written)}")
     elif settings.figures is None:
         print("no figures: they need matplotlib (pip install matplotlib)")
 

@@ -86,9 +86,9 @@ def straightforward(model, batches):
 
 
 def ours(model, batches):
-    maps = analyze.one_pass(model, batches, {"maps": analyze.affine_maps.start(model)})["maps"]
-    started = {f.__name__: f.start(model) for f in (analyze.removal, analyze.permutation)}
-    return analyze.one_pass(model, batches, {**started, "usefulness": analyze.replacement.start(model, maps)})
+    maps = analyze.affine_maps(model, batches)
+    measures = [analyze.Removal(model), analyze.Permutation(model), analyze.Usefulness(model, maps)]
+    return analyze.one_pass(model, batches, dict(enumerate(measures)))
 
 
 def seconds(f, *args, clock=time.perf_counter):
@@ -108,18 +108,18 @@ def report(settings):
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {settings.norm}, {settings.n_layer} layers")
     if "importance" in settings.only.split(","):
-        text, found = batches(settings.pair_tokens, settings.batch_size), []
+        text, ratios = batches(settings.pair_tokens, settings.batch_size), []
         for i in range(settings.pairs):
             both = (ours, straightforward) if i % 2 else (straightforward, ours)
             took = {f: seconds(f, model, text, clock=time.process_time) for f in both}  # fair on a shared machine
-            found.append(took[ours] / took[straightforward])
-            print(f"  {took[ours]:.1f} CPU s over {took[straightforward]:.1f} s: {found[-1]:.3f}", flush=True)
-        print(f"removal, causal, permutation, usefulness over the straightforward way: {statistics.median(found):.3f}")
+            ratios.append(took[ours] / took[straightforward])
+            print(f"  {took[ours]:.1f} CPU s over {took[straightforward]:.1f} s: {ratios[-1]:.3f}", flush=True)
+        print(f"removal, causal, permutation, usefulness over the straightforward way: {statistics.median(ratios):.3f}")
     if "total" in settings.only.split(","):
         text = batches(settings.tokens, settings.batch_size)
-        started = {f.__name__: f.start(model) for f in (analyze.stream, analyze.angular_distance, analyze.attention)}
+        measures = [analyze.Stream(model), analyze.AngularDistance(model), analyze.Attention(model)]
         parts = {
-            "stream, angular distance, attention": lambda: analyze.one_pass(model, text, started),
+            "stream, angular distance, attention": lambda: analyze.one_pass(model, text, dict(enumerate(measures))),
             "removal, causal, permutation, usefulness": lambda: ours(model, text),
             "gradients": lambda: analyze.gradients(model, text),
             "weights": lambda: analyze.weights(model),

@@ -1,10 +1,12 @@
 """analyze.py: every measure against a brute-force reference and on models whose answer is known, and the program."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -79,23 +81,23 @@ def close(a, b, **kwargs):
 
 def test_stream(model):
     batches = text(model)
-    found, x = analyze.stream(model, batches), all_states(model, batches)
+    result, x = analyze.stream(model, batches), all_states(model, batches)
     N, d = x.shape[1:]
-    close(found["variance"], [sum(((v - v.sum() / d) ** 2).sum() / d for v in s) / N for s in x])
-    close(found["magnitude"], x.abs().mean((1, 2)))
-    close(found["largest"], x.abs().amax((1, 2)))
+    close(result["variance"], [sum(((v - v.sum() / d) ** 2).sum() / d for v in s) / N for s in x])
+    close(result["magnitude"], x.abs().mean((1, 2)))
+    close(result["largest"], x.abs().amax((1, 2)))
     z = (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)
-    close(found["kurtosis_per_dim"], (z**4).mean(1))
-    close(found["kurtosis"], (z**4).mean((1, 2)))
+    close(result["kurtosis_per_dim"], (z**4).mean(1))
+    close(result["kurtosis"], (z**4).mean((1, 2)))
     value, place = x.abs().flatten().sort(descending=True)
-    close(found["top"], value[:100])
-    assert found["top_state"].tolist() == (place[:100] // (N * d)).tolist()
+    close(result["top"], value[:100])
+    assert result["top_state"].tolist() == (place[:100] // (N * d)).tolist()
 
 
 def test_branches(model):
     """What a sub-layer's branch adds, from the residual's own equation: the output of a layer with it minus without it."""
     batches = text(model, n=1)
-    found = analyze.stream(model, batches)
+    result = analyze.stream(model, batches)
     x = run_blocks(model, batches[0][0], model.blocks)
     for l, block in enumerate(model.blocks):
         for name, place in (("attn", 0), ("mlp", -1)):
@@ -109,31 +111,31 @@ def test_branches(model):
 
             h = at
             residual(at, watched, scale)  # tells what the module gives
-            close(found[f"{name}_module_variance"][l], inside[0].var(-1, correction=0).mean())
+            close(result[f"{name}_module_variance"][l], inside[0].var(-1, correction=0).mean())
             h = residual.out_norm(inside[0])
             if residual.gate_place == "branch" and scale is not None:
                 h = h * scale
-            close(found[f"{name}_variance"][l], h.var(-1, correction=0).mean())
+            close(result[f"{name}_variance"][l], h.var(-1, correction=0).mean())
 
 
 def test_values_beyond_float16_are_counted():
     model = build()
     with torch.no_grad():
         model.embed_tokens.weight.fill_(1.0)[:, 3] = -70000.0
-    found = analyze.stream(model, text(model))
-    assert found["over_float16"][0] == 3 * 24 and found["largest"][0] == 70000 and (found["top"] > 65504).all()
-    assert found["kurtosis_per_dim"][0].isnan().all()  # no dimension varies
+    result = analyze.stream(model, text(model))
+    assert result["over_float16"][0] == 3 * 24 and result["largest"][0] == 70000 and (result["top"] > 65504).all()
+    assert result["kurtosis_per_dim"][0].isnan().all()  # no dimension varies
 
 
 def test_angular_distance(model):
     batches = text(model)
-    found, x = analyze.angular_distance(model, batches), all_states(model, batches)
+    result, x = analyze.angular_distance(model, batches), all_states(model, batches)
     for l, n in itertools.product(range(1, 5), range(1, 5)):
         if l + n > 5:
-            assert found[l - 1, n - 1].isnan()
+            assert result[l - 1, n - 1].isnan()
         else:
             cos = torch.cosine_similarity(x[l - 1], x[l + n - 1], dim=-1).clamp(-1, 1)
-            close(found[l - 1, n - 1], (cos.arccos() / math.pi).mean())
+            close(result[l - 1, n - 1], (cos.arccos() / math.pi).mean())
 
 
 def test_gradients(model):
@@ -142,31 +144,31 @@ def test_gradients(model):
     n = sum((targets != -100).sum() for _, targets in batches)
     model.eval()
     sum(model(idx, t)[1] * (t != -100).sum() / n for idx, t in batches).backward()
-    found = analyze.gradients(model, batches)
+    result = analyze.gradients(model, batches)
     for l, block in enumerate(model.blocks):
         g = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in block.parameters()])
-        close(found["norm"][l], g.norm())
-        close(found["variance"][l], ((g - g.mean()) ** 2).mean())
+        close(result["norm"][l], g.norm())
+        close(result["variance"][l], ((g - g.mean()) ** 2).mean())
 
 
 def test_weights():
     model = build("gpas_mix", n_layer=4)
-    found = analyze.weights(model)
+    result = analyze.weights(model)
     for l, block in enumerate(model.blocks):
         a, m = block.attn, block.mlp
         squares = [sum((p.weight**2).sum() for p in ps) for ps in ((a.q_proj, a.k_proj, a.v_proj, a.o_proj), (m.gate_proj, m.up_proj, m.down_proj))]
-        close(found["attn_norm"][l], squares[0].sqrt())
-        close(found["mlp_norm"][l], squares[1].sqrt())
-        close(found["gates"][l], block.gate)
-        close(found["gate_scale"][l], 1 - F.silu(block.gate))
-    assert found["attn_out_gain"].isnan().all() and "gates" not in analyze.weights(build("peri"))
+        close(result["attn_norm"][l], squares[0].sqrt())
+        close(result["mlp_norm"][l], squares[1].sqrt())
+        close(result["gates"][l], block.gate)
+        close(result["gate_scale"][l], 1 - F.silu(block.gate))
+    assert result["attn_out_gain"].isnan().all() and "gates" not in analyze.weights(build("peri"))
     peri = build("peri")
     close(analyze.weights(peri)["mlp_out_gain"], [b.mlp_residual.out_norm.weight.mean() for b in peri.blocks])
     everything = torch.cat([p.flatten() for p in model.parameters()]).abs()
     matrices = torch.cat([p.flatten() for p in model.parameters() if p.dim() > 1]).abs()
-    close(found["sparsity_all"], [(everything < e).double().mean() for e in (1e-1, 1e-2, 1e-4)])
-    close(found["sparsity_matrices"], [(matrices < e).double().mean() for e in (1e-1, 1e-2, 1e-4)])
-    assert found["sparsity_all"][0] != found["sparsity_matrices"][0] > 0
+    close(result["sparsity_all"], [(everything < e).double().mean() for e in (1e-1, 1e-2, 1e-4)])
+    close(result["sparsity_matrices"], [(matrices < e).double().mean() for e in (1e-1, 1e-2, 1e-4)])
+    assert result["sparsity_all"][0] != result["sparsity_matrices"][0] > 0
 
 
 def brute_jacobian(block, x, own_token):
@@ -181,59 +183,59 @@ def brute_jacobian(block, x, own_token):
 @pytest.mark.parametrize("own_token", [False, True])
 def test_jacobian(model, own_token):
     batches = text(model, n=2, T=5)
-    found = analyze.jacobian(model, batches, layers=[4, 2], own_token=own_token, rows=5)
+    result = analyze.jacobian(model, batches, layers=[4, 2], own_token=own_token, rows=5)
     model.eval()
     I, d = torch.eye(16), 16
     for k, l in enumerate([4, 2]):
         J = sum(brute_jacobian(model.blocks[l - 1], run_blocks(model, idx, model.blocks)[l - 1], own_token) for idx, _ in batches) / 2
-        close(found["matrices"][k], J)
-        close(found["deviation"][k], ((J - I) ** 2).sum().sqrt())
-        close(found["deviation_per_d"][k], ((J - I) ** 2).sum().sqrt() / d)
+        close(result["matrices"][k], J)
+        close(result["deviation"][k], ((J - I) ** 2).sum().sqrt())
+        close(result["deviation_per_d"][k], ((J - I) ** 2).sum().sqrt() / d)
         off = ((J * (1 - I)) ** 2).sum()
-        close(found["off_diagonal"][k], off.sqrt())
-        close(found["off_diagonal_rms"][k], (off / (d * d - d)).sqrt())
-        close(found["diagonal_mean"][k], J.diag().mean())
-        close(found["diagonal_std"][k], ((J.diag() - J.diag().mean()) ** 2).mean().sqrt())
-        close(found["spectral_norm"][k], torch.linalg.svdvals(J)[0])
-    assert found["layers"].tolist() == [4, 2]
+        close(result["off_diagonal"][k], off.sqrt())
+        close(result["off_diagonal_rms"][k], (off / (d * d - d)).sqrt())
+        close(result["diagonal_mean"][k], J.diag().mean())
+        close(result["diagonal_std"][k], ((J.diag() - J.diag().mean()) ** 2).mean().sqrt())
+        close(result["spectral_norm"][k], torch.linalg.svdvals(J)[0])
+    assert result["layers"].tolist() == [4, 2]
 
 
 def test_removal_and_causal_scores(model):
     batches, L = text(model), 4
-    found, x = analyze.removal(model, batches), all_states(model, batches)
+    result, x = analyze.removal(model, batches), all_states(model, batches)
     loss = full_loss(model, batches, model.blocks)
-    close(found["loss"], loss)
-    close(found["perplexity"], math.exp(loss))
+    close(result["loss"], loss)
+    close(result["perplexity"], math.exp(loss))
     close(analyze.removal(model, batches[1:2])["loss"], model.eval()(*batches[1])[1])
     effects = []
     for s in range(L):
         removed = full_loss(model, batches, [b for l, b in enumerate(model.blocks) if l != s])
-        close(found["loss_drop"][s], removed - loss)
-        close(found["perplexity_drop"][s], math.exp(removed) - math.exp(loss))
+        close(result["loss_drop"][s], removed - loss)
+        close(result["perplexity_drop"][s], math.exp(removed) - math.exp(loss))
         skipped = all_states(model, batches, [b if l != s else nn.Identity() for l, b in enumerate(model.blocks)])
         C = []
         for l in range(s + 1, L):
             update, other = x[l + 1] - x[l], skipped[l + 1] - skipped[l]
             C.append((update - other).norm(dim=-1).mean() / update.norm(dim=-1).mean())
-            close(found["causal"][s, l], C[-1])
-        assert found["causal"][s, : s + 1].isnan().all()
+            close(result["causal"][s, l], C[-1])
+        assert result["causal"][s, : s + 1].isnan().all()
         effects.append(sum(C) / len(C) if C else torch.tensor(0.0))
-    close(found["causal_score"], sum(effects) / L)
-    close(found["causal_score_normalized"], sum(effects) / L / 2)
+    close(result["causal_score"], sum(effects) / L)
+    close(result["causal_score_normalized"], sum(effects) / L / 2)
 
 
 def test_permutation(model):
     # targets that the model finds unlikely: swaps make the loss smaller too
     batches = [(idx, model(idx)[0].argmin(-1)) for idx, _ in text(model)]
-    found, loss, pairs = analyze.permutation(model, batches), full_loss(model, batches, model.blocks), []
+    result, loss, pairs = analyze.permutation(model, batches), full_loss(model, batches, model.blocks), []
     for i, j in itertools.combinations(range(4), 2):
         order = list(model.blocks)
         order[i], order[j] = order[j], order[i]
         pairs.append(abs(loss - full_loss(model, batches, order)) / abs(loss))
-        close(found["matrix"][i, j], pairs[-1])
-        close(found["matrix"][j, i], pairs[-1])
-    close(found["score"], sum(pairs) / 6)
-    assert found["matrix"].diagonal().eq(0).all()
+        close(result["matrix"][i, j], pairs[-1])
+        close(result["matrix"][j, i], pairs[-1])
+    close(result["score"], sum(pairs) / 6)
+    assert result["matrix"].diagonal().eq(0).all()
 
 
 class Affine(nn.Module):
@@ -248,17 +250,17 @@ class Affine(nn.Module):
 @pytest.mark.filterwarnings("ignore:usefulness")
 def test_usefulness(model):
     batches = text(model)
-    found, x = analyze.usefulness(model, batches), all_states(model, batches)
+    result, x = analyze.usefulness(model, batches), all_states(model, batches)
     loss, ratios = full_loss(model, batches, model.blocks), []
     for l in range(4):
         inputs = torch.cat((x[l], torch.ones_like(x[l][:, :1])), dim=1)
         solution = torch.linalg.lstsq(inputs, x[l + 1]).solution
         replaced = [*model.blocks[:l], Affine(solution[:-1].T, solution[-1]), *model.blocks[l + 1 :]]
         ratios.append(full_loss(model, batches, replaced) / loss)
-    close(found["ratio"], ratios)
-    close(found["loss_drop"], (torch.tensor(ratios) - 1) * loss, atol=1e-6)
-    assert found["useful"].tolist() == [r > 1.1 for r in ratios]
-    assert found["effective"] == sum(r > 1.1 for r in ratios) == 4 - found["wasted"] and found["score"] == found["effective"] / 4
+    close(result["ratio"], ratios)
+    close(result["loss_drop"], (torch.tensor(ratios) - 1) * loss, atol=1e-6)
+    assert result["useful"].tolist() == [r > 1.1 for r in ratios]
+    assert result["effective"] == sum(r > 1.1 for r in ratios) == 4 - result["wasted"] and result["score"] == result["effective"] / 4
 
 
 def test_attention(model):
@@ -267,7 +269,7 @@ def test_attention(model):
         for block in model.blocks:
             (block.attn.q_proj if model.config.qk_norm == "none" else block.attn.q_norm).weight.mul_(12.0)
     batches = text(model, n=2)
-    found, config = analyze.attention(model, batches, map_size=5), model.config
+    result, config = analyze.attention(model, batches, map_size=5), model.config
     T, D, G = 12, config.head_dim, config.n_head // config.n_kv_head
     tril = torch.ones(T, T).tril().bool()
     for l, block in enumerate(model.blocks):
@@ -288,12 +290,12 @@ def test_attention(model):
                 A.append(scores.masked_fill(~tril, -math.inf).softmax(-1).detach())
         A = torch.stack(A).view(4, config.n_head, T, T)
         for i, e in enumerate((1e-3, 1e-4, 1e-6)):
-            close(found["sparsity"][i, l], (A < e).double().mean((0, 2, 3)))
-            close(found["causal_sparsity"][i, l], ((A < e) & tril).double().sum((0, 2, 3)) / (4 * tril.sum()))
+            close(result["sparsity"][i, l], (A < e).double().mean((0, 2, 3)))
+            close(result["causal_sparsity"][i, l], ((A < e) & tril).double().sum((0, 2, 3)) / (4 * tril.sum()))
         logs = torch.where(A > 0, A.log(), 0.0)
-        close(found["entropy"][l], -(A * logs).sum(-1).mean((0, 2)))
-        close(found["maps"][l], A.mean(0)[:, :5, :5])
-    assert 0 < found["causal_sparsity"][2].mean() < found["causal_sparsity"][0].mean() < found["sparsity"][0].mean()
+        close(result["entropy"][l], -(A * logs).sum(-1).mean((0, 2)))
+        close(result["maps"][l], A.mean(0)[:, :5, :5])
+    assert 0 < result["causal_sparsity"][2].mean() < result["causal_sparsity"][0].mean() < result["sparsity"][0].mean()
 
 
 @needs_experts
@@ -301,8 +303,8 @@ def test_experts():
     model = build("pre", n_expert=8, n_expert_active=2)
     assert (analyze.experts(model, text(model, n=1, B=1, T=1))["dead"] == 6 / 8).all()  # one token has two experts
     batches = text(model)
-    found = analyze.experts(model, batches)
-    assert found["layers"].tolist() == [1, 2, 3, 4]
+    result = analyze.experts(model, batches)
+    assert result["layers"].tolist() == [1, 2, 3, 4]
     for l, block in enumerate(model.blocks):
         inputs = []
         hook = block.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
@@ -315,9 +317,9 @@ def test_experts():
             entropy.append(-sum(q * math.log(q) for q in p))
             for i in sorted(range(8), key=lambda i: -p[i])[:2]:
                 count[i] += 1
-        close(found["load"][l], torch.tensor(count) / sum(count))
-        close(found["dead"][l], sum(c == 0 for c in count) / 8)
-        close(found["entropy"][l], sum(entropy) / len(entropy))
+        close(result["load"][l], torch.tensor(count) / sum(count))
+        close(result["dead"][l], sum(c == 0 for c in count) / 8)
+        close(result["entropy"][l], sum(entropy) / len(entropy))
 
 
 def test_experts_of_a_dense_model():
@@ -338,9 +340,9 @@ def test_identity_block():
     useful = analyze.usefulness(model, batches)
     close(useful["ratio"][2], 1.0, rtol=1e-5)
     assert not useful["useful"][2]
-    found = analyze.jacobian(model, batches[:1], layers=[3])
-    assert (found["matrices"][0] == torch.eye(16)).all() and found["deviation"] == 0 and found["off_diagonal"] == 0
-    assert found["spectral_norm"] == 1 and found["diagonal_std"] == 0
+    result = analyze.jacobian(model, batches[:1], layers=[3])
+    assert (result["matrices"][0] == torch.eye(16)).all() and result["deviation"] == 0 and result["off_diagonal"] == 0
+    assert result["spectral_norm"] == 1 and result["diagonal_std"] == 0
     assert analyze.angular_distance(model, batches)[2, 0] < 1e-7
     assert analyze.attention(model, batches)["entropy"].mean(1).isnan().tolist() == [False, False, True, False]
     assert analyze.stream(model, batches)["mlp_variance"].isnan().tolist() == [False, False, True, False]
@@ -351,9 +353,9 @@ def test_affine_block_is_useless():
 
     affine = model.blocks[1] = Affine(torch.randn(16, 16) * 0.7, torch.randn(16) * 3)
     batches = text(model, n=8)
-    found = analyze.usefulness(model, batches)
-    close(found["ratio"][1], 1.0, rtol=1e-5)
-    assert not found["useful"][1] and found["ratio"].max() > 1.01
+    result = analyze.usefulness(model, batches)
+    close(result["ratio"][1], 1.0, rtol=1e-5)
+    assert not result["useful"][1] and result["ratio"].max() > 1.01
     (weight, bias) = analyze.affine_maps(model, batches)[1]
     close(weight, affine.weight, rtol=1e-3, atol=1e-4)
     close(bias, affine.bias, rtol=1e-3, atol=1e-4)
@@ -379,8 +381,8 @@ def test_too_few_tokens_for_an_affine_map():
 def test_swap_of_equal_blocks():
     model = build("gpas_pre")
     model.blocks[3].load_state_dict(model.blocks[0].state_dict())
-    found = analyze.permutation(model, text(model))["matrix"]
-    assert found[0, 3] == 0 and (found + torch.eye(4) > 0).sum() == 14
+    result = analyze.permutation(model, text(model))["matrix"]
+    assert result[0, 3] == 0 and (result + torch.eye(4) > 0).sum() == 14
 
 
 def test_blocks_keep_their_own_constants():
@@ -396,11 +398,11 @@ def test_attention_pattern_by_hand():
     for block in model.blocks:
         nn.init.zeros_(block.attn.q_proj.weight)
     batches, T = text(model, T=16), 16
-    found = analyze.attention(model, batches)
-    close(found["entropy"], torch.full((4, 4), sum(math.log(i) for i in range(1, T + 1)) / T))
-    close(found["causal_sparsity"], torch.zeros(3, 4, 4))
-    close(found["sparsity"], torch.full((3, 4, 4), T * (T - 1) / 2 / T**2))
-    close(found["maps"][0, 0], torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None], rtol=1e-6)
+    result = analyze.attention(model, batches)
+    close(result["entropy"], torch.full((4, 4), sum(math.log(i) for i in range(1, T + 1)) / T))
+    close(result["causal_sparsity"], torch.zeros(3, 4, 4))
+    close(result["sparsity"], torch.full((3, 4, 4), T * (T - 1) / 2 / T**2))
+    close(result["maps"][0, 0], torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None], rtol=1e-6)
 
 
 def test_attention_weights_by_hand():
@@ -463,7 +465,7 @@ def test_multiple_choice():
 
     questions = [{"prompt": word(p), "choices": [word(3), word(8), word(5)], "answer": i % 3} for i, p in enumerate([4, 9, 0, 12, 15, 40] * 4)]
     questions[0]["answer"] = questions[0]["choices"][0]
-    found = analyze.multiple_choice(model, questions, encoding, batch_size=7)
+    result = analyze.multiple_choice(model, questions, encoding, batch_size=7)
 
     def accuracy(blocks):
         right = 0
@@ -479,9 +481,9 @@ def test_multiple_choice():
         return right / len(questions)
 
     full = accuracy(model.blocks)
-    assert found["accuracy"] == pytest.approx(full) and found["n_questions"] == 24
-    close(found["score_drop"], [full - accuracy([b for l, b in enumerate(model.blocks) if l != s]) for s in range(4)])
-    assert found["score_drop"].abs().max() > 0
+    assert result["accuracy"] == pytest.approx(full) and result["n_questions"] == 24
+    close(result["score_drop"], [full - accuracy([b for l, b in enumerate(model.blocks) if l != s]) for s in range(4)])
+    assert result["score_drop"].abs().max() > 0
     questions[1]["choices"][0] = "x" * 30
     with pytest.raises(UserError, match="31 tokens, more than the block size 24"):
         analyze.multiple_choice(model, questions, encoding)
@@ -492,27 +494,33 @@ def test_multiple_choice():
 
 def test_one_pass_gives_what_each_measure_gives_alone():
     model = build("gpas_pre")
-    batches, names = text(model), ["stream", "angular_distance", "attention", "removal", "permutation"]
-    together = analyze.one_pass(model, iter(batches), {n: getattr(analyze, n).start(model) for n in names})
-    for name in names:
-        alone = getattr(analyze, name)(model, batches)
-        for a, b in zip(together[name].values(), alone.values()) if isinstance(alone, dict) else [(together[name], alone)]:
-            close(a, b, rtol=0, atol=0)
+    batches = text(model)
+    alone = {analyze.Stream: analyze.stream, analyze.AngularDistance: analyze.angular_distance, analyze.Attention: analyze.attention}
+    alone |= {analyze.Removal: analyze.removal, analyze.Permutation: analyze.permutation}
+    together = analyze.one_pass(model, iter(batches), {measure: measure(model) for measure in alone})
+    for measure, function in alone.items():
+        a, b = together[measure], function(model, batches)
+        for x, y in zip(a.values(), b.values()) if isinstance(a, dict) else [(a, b)]:
+            close(x, y, rtol=0, atol=0)
+        assert function.__doc__ == measure.__doc__
 
 
 def test_nothing_is_computed_twice():
     """Calls of blocks: L for the states, then removal and causal scores L(L-1)/2, swaps those after the first of the two,
-    replacements L(L-1)/2; the head once for each loss."""
+    replacements L(L-1)/2; the head once for each loss. Of what happens inside the layers, L for all who ask."""
     model, counts = build(), {"block": 0, "head": 0}
     batches = text(model, n=1)
     for block in model.blocks:
         block.register_forward_hook(lambda *_: counts.__setitem__("block", counts["block"] + 1))
     model.lm_head.register_forward_hook(lambda *_: counts.__setitem__("head", counts["head"] + 1))
     maps = [(torch.eye(16).double(), torch.zeros(16).double())] * 4
-    started = {"removal": analyze.removal.start(model), "permutation": analyze.permutation.start(model), "usefulness": analyze.replacement.start(model, maps)}
-    analyze.one_pass(model, batches, started)
+    measures = [analyze.Removal(model), analyze.Permutation(model), analyze.Usefulness(model, maps)]
+    analyze.one_pass(model, batches, dict(enumerate(measures)))
     swaps = sum(4 - i for i in range(4) for _ in range(i + 1, 4))
     assert counts == {"block": 4 + 6 + swaps + 6, "head": 1 + 4 + 6 + 4}
+    counts.update(block=0, head=0)
+    analyze.one_pass(model, batches, {"stream": analyze.Stream(model), "attention": analyze.Attention(model)})
+    assert counts == {"block": 4 + 4, "head": 0}
 
 
 def test_the_model_is_left_as_it_was():
@@ -520,11 +528,12 @@ def test_the_model_is_left_as_it_was():
     model.blocks[0].gate.requires_grad_(False)
     before = {n: p.clone() for n, p in model.state_dict().items()}
     batches = text(model)
-    for name in ("stream", "gradients", "jacobian", "removal"):
+    for name in ("stream", "attention", "gradients", "jacobian", "removal"):
         getattr(analyze, name)(model, batches)
     assert model.training and model.blocks[1].training and not model.blocks[0].gate.requires_grad
     assert all(p.requires_grad and p.grad is None for n, p in model.named_parameters() if n != "blocks.0.gate")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert F.scaled_dot_product_attention is analyze.scaled_dot_product_attention
     assert all((before[n] == p).all() for n, p in model.state_dict().items())
 
 
@@ -575,31 +584,31 @@ def program(folder, monkeypatch, capsys):
 def test_program(program, folder):
     code, out, err = program("out-gpas_pre", "--tokens=500", "--jacobian_tokens=60", "--figures=false", "--choices=questions.jsonl")
     assert code == 0, err
-    found = json.loads((folder / "out-gpas_pre" / "analysis.json").read_text())
-    known = set(analyze.METRICS) - {"experts"}
-    assert set(found) == known | {"run"} and found["run"]["tokens"] == 512 and found["run"]["step"] == 7
-    assert len(found["stream"]["variance"]) == 4 and len(found["stream"]["kurtosis_per_dim"][0]) == 16
-    assert found["removal"]["causal"][2] == [None] * 3 and found["jacobian"]["tokens"] == 64
-    assert len(found["choices"]["score_drop"]) == 3 and "matrices" not in found["jacobian"] and "maps" not in found["attention"]
+    result = json.loads((folder / "out-gpas_pre" / "analysis.json").read_text())
+    known = set(analyze.MEASURES) - {"experts"}
+    assert set(result) == known | {"run"} and result["run"]["tokens"] == 512 and result["run"]["step"] == 7
+    assert len(result["stream"]["variance"]) == 4 and len(result["stream"]["kurtosis_per_dim"][0]) == 16
+    assert result["removal"]["causal"][2] == [None] * 3 and result["jacobian"]["tokens"] == 64
+    assert len(result["choices"]["score_drop"]) == 3 and "matrices" not in result["jacobian"] and "maps" not in result["attention"]
     for word in ("variance", "gate a", "loss drop", "causal score", "effective/wasted", "accuracy", "spectral norm", "512 held-out"):
         assert word in out, word
-    assert "removal, permutation, usefulness: 1 of 2" in err and "s left" in err
+    assert "removal, permutation, usefulness, angular, stream, attention: 1 of 2" in err and "s left" in err
     # the numbers are those of the functions on the same text
     model, _ = analyze.load_run(folder / "out-gpas_pre")
     batches = analyze.load_batches(folder / "data" / "d", model.config, 500, 8)
     assert sum(idx.numel() for idx, _ in batches) == 512 and (batches[0][0][:, 1:] == batches[0][1][:, :-1]).all()
-    close(found["removal"]["loss_drop"], analyze.removal(model, batches)["loss_drop"], rtol=1e-5)
-    close(found["usefulness"]["ratio"], analyze.usefulness(model, batches)["ratio"], rtol=1e-5)
-    close(found["gradients"]["norm"], analyze.gradients(model, batches)["norm"], rtol=1e-5)
+    close(result["removal"]["loss_drop"], analyze.removal(model, batches)["loss_drop"], rtol=1e-5)
+    close(result["usefulness"]["ratio"], analyze.usefulness(model, batches)["ratio"], rtol=1e-5)
+    close(result["gradients"]["norm"], analyze.gradients(model, batches)["norm"], rtol=1e-5)
 
 
 def test_several_runs(program, folder):
     code, out, err = program("out-pre", "out-gpas_pre", "--tokens=256", "--metrics=weights,stream,removal", "--figures=false")
     assert code == 0, err
-    found = json.loads((folder / "analysis" / "analysis.json").read_text())
-    assert list(found["runs"]) == ["out-pre", "out-gpas_pre"] and set(found["runs"]["out-pre"]) == {"run", "weights", "stream", "removal"}
-    assert found["weight_norm_ratio"] == {"out-gpas_pre": {"attn": [1.0] * 3, "mlp": [1.0] * 3}}
-    table = [line.split() for line in out.splitlines()[-24:]]
+    result = json.loads((folder / "analysis" / "analysis.json").read_text())
+    assert list(result["runs"]) == ["out-pre", "out-gpas_pre"] and set(result["runs"]["out-pre"]) == {"run", "weights", "stream", "removal"}
+    assert result["weight_norm_ratio"] == {"out-gpas_pre": {"attn": [1.0] * 3, "mlp": [1.0] * 3}}
+    table = [line.split() for line in out.splitlines()[-26:]]
     assert ["out-pre", "out-gpas_pre"] in table and any(row[:1] == ["loss"] and len(row) == 3 for row in table)
     assert "jacobian" not in out
 
@@ -612,6 +621,32 @@ def test_figures(program, folder):
     expected = {f"{name}.png" for name in names.split()} | {"attention_maps_out-pre.png", "attention_maps_out-gpas_pre.png"}
     written = {path.name for path in (folder / "both").glob("*.png")}
     assert written == expected and all((folder / "both" / name).stat().st_size > 5000 for name in written)
+
+
+def test_a_measure_of_ones_own(program, folder, monkeypatch):
+    """The example of the module's docstring: ten lines and a row give a setting, a table, JSON and a figure."""
+    example = analyze.__doc__[analyze.__doc__.index("    class RelativeUpdate") :]
+    code, _, rest = example.partition("\n\nand this row")
+    row = next(line for line in rest.splitlines() if line.startswith('    "update":'))
+    names = vars(analyze).copy()
+    exec(textwrap.dedent(code), names)
+    monkeypatch.setattr(analyze, "MEASURES", analyze.MEASURES | eval("{" + row + "}", names))
+    drawn = []
+    monkeypatch.setattr(analyze, "save", lambda fig, path, title: drawn.append((path.name, [axis.get_ylabel() for axis in fig.axes])) or path.name)
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    code, out, err = program("out-pre", "--tokens=256", "--metrics=update", "--analysis_dir=mine")
+    assert code == 0, err
+    model, _ = analyze.load_run(folder / "out-pre")
+    batches = analyze.load_batches(folder / "data" / "d", model.config, 256, 8)
+    x = all_states(model, batches).double()
+    expected = ((x[1:] - x[:-1]).norm(dim=-1) / x[:-1].norm(dim=-1)).mean(1)
+    result = json.loads((folder / "mine" / "analysis.json").read_text())
+    close(result["update"], expected, rtol=1e-5)
+    rows = [line.split() for line in out.splitlines()]
+    assert ["layer", "update"] in rows and ["3", f"{expected[2]:.4g}"] in rows
+    assert not has_matplotlib or ("importance.png", ["update"]) in drawn
+    code, out, _ = program("--help")
+    assert "size of each layer's update" in out
 
 
 def test_figures_without_matplotlib(program, monkeypatch):
@@ -641,7 +676,7 @@ def test_text_of_another_tokenizer(program, folder):
         ([], "which run?"),
         (["out-none"], "no checkpoint out-none/ckpt.pt"),
         (["out-pre", "out-pre"], "given twice"),
-        (["out-pre", "--metrics=streem"], "unknown metrics 'streem'; known: all, stream"),
+        (["out-pre", "--metrics=streem"], "unknown metrics 'streem'; known: all, removal"),
         (["out-pre", "--metrics=choices"], "--choices=FILE.jsonl"),
         (["out-pre", "--metrics=experts"], "out-pre has no experts"),
         (["out-pre", "--metrics=stream", "--choices=questions.jsonl"], "no effect"),
