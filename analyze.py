@@ -70,7 +70,7 @@ class Settings:
     figures: bool | None = None  # draw them; none: where matplotlib is installed
     # what is measured
     tokens: COUNT = 16384  # held-out tokens
-    jacobian_tokens: COUNT = 1024  # of them, for the Jacobians
+    jacobian_tokens: COUNT = 1024  # of them, for the Jacobians and end_to_end
     layers: str = "all"  # whose Jacobians: numbers from 1, with commas between, or all
     own_token: bool = False  # Jacobian of each token's output by the same token's input, without cross-token terms
     choices: str | None = None  # a jsonl of multiple-choice questions: prompt, choices, answer
@@ -768,6 +768,30 @@ def own_token_attention(q, k, v, attn_mask=None, **_):
     return A @ v.detach() + own_weight * (v - v.detach())
 
 
+def end_to_end(model, batches, n_iter=20):
+    """|dx_{L+1} / dx_1|_2, the largest singular value of the Jacobian J of the last residual state by the first, over all
+    positions of a sequence; a float, the mean over sequences. LNS Theorems 3.3 and 4.2, GPAS Theorem 1 and Sparsity
+    Lemma 1 bound it. As in `jacobian`, J is what backpropagation sees.
+
+    By power iteration with J^T J: J^T u is one backward pass, and J v the derivative of J^T u by u in the direction v.
+    """
+    norms = []
+    with evaluation(model), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        for sequence in (row for idx, _ in batches for row in idx.split(1)):
+            x = model.embed_norm(model.embed_tokens(sequence)).detach().requires_grad_()
+            y = x
+            for block in model.blocks:
+                y = block(y)
+            u = torch.zeros_like(y).requires_grad_()
+            backward = torch.autograd.grad(y, x, u, create_graph=True)[0]
+            v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+            for _ in range(n_iter):
+                forward = torch.autograd.grad(backward, u, v / v.norm(), retain_graph=True)[0]
+                v = torch.autograd.grad(y, x, forward, retain_graph=True)[0]
+            norms.append(forward.norm().item())
+    return sum(norms) / len(norms)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of the measures: how each is had, and what tables and figures show of it
 
@@ -890,6 +914,10 @@ MEASURES = {
         Column("diagonal std", "diagonal_std"),
         Column("spectral norm", "spectral_norm"),
     ], {"mean |J - I|": "deviation"}),
+
+    "end_to_end": Measure("size of the last state's derivative by the first", end_to_end, "jacobian", [], {
+        "|dx_{L+1} / dx_1|": lambda r: r,
+    }),
 
     "attention": Measure("sparsity and entropy of the attention, head maps", Attention, "attention", [
         *(Column(f"share < {e:g}", item("causal_sparsity", i), f"share < {e:g} of the causal entries")
@@ -1057,9 +1085,10 @@ def analyze_run(out_dir, folder, settings, device):
     data, options = {}, {}
     if "usefulness" in names:
         options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{label}: affine maps"))}
+    some = batches(settings.jacobian_tokens, 1)
+    for name in {"jacobian", "end_to_end"}.intersection(names):
+        data[name] = progress(some, f"{label}: {name}")
     if "jacobian" in names:
-        some = batches(settings.jacobian_tokens, 1)
-        data["jacobian"] = progress(some, f"{label}: jacobian")
         options["jacobian"] = {"layers": layers, "own_token": settings.own_token}
     if "choices" in names:
         if not checkpoint["tokenizer"]:
