@@ -60,6 +60,8 @@ from configurator import (
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
+DTYPES = "auto", "float32", "bfloat16", "bfloat16_pure", "float64"
+
 # Each takes the parameter groups and the settings.
 OPTIMIZERS = {
     "adamw": lambda groups, s: torch.optim.AdamW(groups, s.learning_rate, betas=(s.beta1, s.beta2), fused=True),
@@ -108,9 +110,7 @@ class Settings(GPTConfig):
     # evaluation and log
     eval_interval: COUNT = 50  # steps between evaluations, each followed by a checkpoint
     eval_iters: COUNT = 13  # batches of the held-out set, the same each time and for every seed
-    last_eval_iters: NATURAL | None = (
-        None  # batches of the last evaluation; none: eval_iters; 0: the whole held-out set
-    )
+    last_eval_iters: NATURAL | None = None  # batches of the last evaluation; none: eval_iters; 0: all held-out data
     log_interval: COUNT = 10  # steps between lines
     keep_every: NATURAL = 0  # steps between checkpoints that stay, as ckpt_<step>.pt; 0: the last two stay
     sample_tokens: COUNT = 200  # length of a sample
@@ -118,9 +118,7 @@ class Settings(GPTConfig):
     top_k: COUNT | None = 50  # a sample draws among the k likeliest tokens; none: among all
     # machine
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
-    dtype: Literal["auto", "float32", "bfloat16", "bfloat16_pure", "float64"] = (
-        "auto"  # bfloat16: autocast; _pure: weights too
-    )
+    dtype: Literal[DTYPES] = "auto"  # bfloat16: autocast; bfloat16_pure: weights too; auto: bfloat16 where it is fast
     float32_gates: bool = False  # bfloat16_pure: the gates' weights stay float32, so that small steps move them
     compile: bool | None = None  # torch.compile the model; none: on cuda
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
@@ -279,10 +277,8 @@ def train(checkpoint, changes, data, setup, stop):
             print(f"the first step took {clock(times.spent['compilation'])}, with compilation")
         if is_due(step, settings):
             evaluate_and_save()
-        elif (
-            is_stopping or is_kept(step, settings)
-        ) and not skipped:  # after skips the checkpoint from before them stays
-            save()
+        elif not skipped and (is_stopping or is_kept(step, settings)):
+            save()  # not after skipped steps: the checkpoint from before them stays
 
     processes.wait()  # for the checkpoint
     if is_stopping and step < settings.max_iters:
@@ -394,10 +390,10 @@ def settings_of_run(given):
     return of_run, checkpoint
 
 
-def open_checkpoint(place):
+def open_checkpoint(path):
     """model.load_checkpoint's dict, and what else train.py reads of it is as it was written; UserError."""
     try:
-        checkpoint = load_checkpoint(place)
+        checkpoint = load_checkpoint(path)
     except ValueError as error:
         raise UserError(str(error)) from None
     try:
@@ -410,7 +406,7 @@ def open_checkpoint(place):
             prepare_data.build_encoding(checkpoint["tokenizer"])
     except Exception as error:  # an edited file can hold anything
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"checkpoint {place} cannot be read: {type(error).__name__} {reason}") from None
+        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}") from None
     return checkpoint
 
 
@@ -1114,12 +1110,12 @@ def first_non_finite(model, batches, autocast):
     Hooks see each module's output as it is computed, the innermost first, and then the gradients in their order. No
     early return: the processes of a sharded model pass through it together.
     """
-    found = []
+    places = []
 
     def check(tensor, where):
         local = tensor.to_local() if is_sharded(tensor) else tensor
         if not local.isfinite().all():
-            found.append(where)
+            places.append(where)
 
     def watch(name):
         def see(module, args, out):
@@ -1144,7 +1140,7 @@ def first_non_finite(model, batches, autocast):
         model.zero_grad(set_to_none=True)
     for handle in handles:
         handle.remove()
-    return found[0] if found else None
+    return places[0] if places else None
 
 
 class StopRequest:
@@ -1303,27 +1299,27 @@ def cannot_share(settings, size):
 def activation_bytes(model, settings):
     """What autograd keeps of one micro-step in bfloat16 autocast, its 16-bit copies of the weights included, and the
     gradient of the logits: the peak as far as it can be told without a run. From tensors without memory."""
-    kept, place = {"blocks": {}, "rest": {}}, ["rest"]
+    in_blocks, outside, current_block = {}, {}, []  # bytes by storage, twice; the block that computes, or none
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if not isinstance(tensor, nn.Parameter):
-            kept[place[0]][storage._cdata] = storage.nbytes()
+            (in_blocks if current_block else outside)[storage._cdata] = storage.nbytes()
         return tensor
 
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda *_: place.insert(0, "blocks"))
-        block.register_forward_hook(lambda *_: place.pop(0) and None)
+        block.register_forward_pre_hook(lambda block, _: current_block.append(block))
+        block.register_forward_hook(lambda *_: current_block.clear())
     with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
         params = {name: nn.Parameter(torch.empty(p.shape)) for name, p in model.named_parameters()}
         idx = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16):
                 logits, loss = torch.func.functional_call(model, params, (idx, idx))
-        in_blocks, rest = (sum(kept[name].values()) for name in ("blocks", "rest"))
+    block_bytes = sum(in_blocks.values())
     if settings.recompute:  # every block's input in float32, and one block at a time
-        in_blocks = in_blocks / settings.n_layer + 4 * settings.n_layer * idx.numel() * settings.n_embd
-    return in_blocks + rest + 4 * logits.numel()
+        block_bytes = block_bytes / settings.n_layer + 4 * settings.n_layer * idx.numel() * settings.n_embd
+    return block_bytes + sum(outside.values()) + 4 * logits.numel()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -862,6 +863,14 @@ def test_flat_names_layers_and_sublayers():
     record = {"step": 3, "loss": 1.0, "variance": [2.0, 3.0], "gates": [[0.1, 0.2]], "changed": {"seed": [1, 2]}}
     flat = {"loss": 1.0, "variance/1": 2.0, "variance/2": 3.0, "gates/1/1": 0.1, "gates/1/2": 0.2}
     assert train.flat(record) == flat
+
+
+def test_help_explains_every_setting():
+    """The comment beside each field is its help: none is lost where a declaration takes more than one line."""
+    entries = re.split(r"\n  --", configurator.help_text(train.Settings, ""))[1:]
+    assert len(entries) == len(train.Settings.__dataclass_fields__)
+    for entry in entries:
+        assert re.match(r"\w+ \(.*?\)\s+\w", entry, re.DOTALL), entry
 
 
 def test_clock():
