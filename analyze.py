@@ -3,6 +3,7 @@
     python analyze.py out-pre out-gpas_pre out-lns             several runs side by side
     python analyze.py out-pre --metrics=stream,jacobian        some of the measures
     python analyze.py out-pre --choices=questions.jsonl        accuracy, and what each layer's removal costs of it
+    python analyze.py out-sweep --baseline=pre                 the runs of a sweep: means over seeds, differences
     python analyze.py --help                                   every measure and every setting
 
 prints tables and writes analysis.json and, with matplotlib, figures. Each measure is a function for a notebook too:
@@ -43,6 +44,7 @@ import functools
 import itertools
 import json
 import math
+import statistics
 import sys
 import warnings
 from collections.abc import Callable
@@ -74,6 +76,7 @@ class Settings:
     layers: str = "all"  # whose Jacobians: numbers from 1, with commas between, or all
     own_token: bool = False  # Jacobian of each token's output by the same token's input, without cross-token terms
     choices: str | None = None  # a jsonl of multiple-choice questions: prompt, choices, answer
+    baseline: str | None = None  # a sweep: the value of its first setting to compare others with; none: the first
     # data
     dataset: str | None = None  # a folder in data_dir, or a path; none: the run's
     data_dir: str | None = None  # where data sets are; none: the run's
@@ -769,8 +772,8 @@ def own_token_attention(q, k, v, attn_mask=None, **_):
 
 
 def end_to_end(model, batches, n_iter=20):
-    """|dx_{L+1} / dx_1|_2, the largest singular value of the Jacobian J of the last residual state by the first, over all
-    positions of a sequence; a float, the mean over sequences. LNS Theorems 3.3 and 4.2, GPAS Theorem 1 and Sparsity
+    """|dx_{L+1} / dx_1|_2, the largest singular value of the Jacobian J of the last residual state by the first, over
+    all positions of a sequence; a float, the mean over sequences. LNS Theorems 3.3 and 4.2, GPAS Theorem 1 and Sparsity
     Lemma 1 bound it. As in `jacobian`, J is what backpropagation sees.
 
     By power iteration with J^T J: J^T u is one backward pass, and J v the derivative of J^T u by u in the direction v.
@@ -1327,7 +1330,8 @@ LOGGED = {
     "attn_variance": ("attention variance", True),
     "mlp_variance": ("MLP variance", True),
     "largest": ("largest |x|", True),
-    "grad_norms": ("gradient norm", True),
+    "grad_norms": ("gradient norm, held-out", True),
+    "step_grad_norms": ("gradient norm of a step", True),
     "grad_variance": ("gradient variance", True),
     "gates": ("gate a", False),
 }
@@ -1376,6 +1380,235 @@ def draw_training(results, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sweeps: runs that differ in some settings, averaged over seeds
+
+# Settings that follow from others where they are not given: one that another setting decides is not a difference.
+DERIVED = "n_kv_head head_dim n_hidden max_iters gate_init".split()
+DERIVED += "norm_type embed_norm qk_norm v_norm branch_scale init".split()  # a scheme's row brings them along
+IGNORED = "out_dir overwrite init_from device jobs freeze_gates".split()
+
+
+def read_sweep(folder, settings, device):
+    """The runs in the sub-folders of a sweep, a list of dicts:
+
+    settings  {name: value} of the settings that differ between the runs, the seed last
+    state     finished, unfinished or diverged; `step` is that of the checkpoint
+    loss      the last held-out loss, nats
+    columns   {title: (L) float64}, totals {title: number}: from the log, and of --metrics if some are asked for
+    curves    {title: (steps, values)} over training
+    """
+    runs, given = [], []
+    for run_dir in sorted(path.parent for path in folder.glob("*/ckpt.pt")):
+        model, checkpoint = load_run(run_dir, device)
+        log, of_run = read_log(run_dir / "log.jsonl"), checkpoint["settings"]
+        reports = [record for record in log if "variance" in record]
+        is_finished = checkpoint["step"] >= of_run.get("max_iters", 0)
+        state = "diverged" if any("diverged" in r for r in log) else "finished" if is_finished else "unfinished"
+        entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint["val_loss"]}
+        entry |= {"columns": {}, "totals": {}, "curves": {}}
+        if reports:
+            entry["columns"]["variance"] = torch.tensor(reports[-1]["variance"], dtype=torch.float64)
+            entry["totals"]["last variance"] = reports[-1]["variance"][-1]
+            entry["curves"]["last layer's variance"] = [(r["step"], r["variance"][-1]) for r in reports]
+            if "gates" in reports[-1]:
+                gates = torch.tensor(reports[-1]["gates"], dtype=torch.float64)
+                scales = gate_scale(gates, model.config.gpas_act).reshape(len(gates), -1).mean(1)
+                entry["columns"]["1 - act(a)"], entry["totals"]["mean gate scale"] = scales, scales.mean().item()
+        entry["curves"]["training loss, nats"] = [(r["step"], r["loss"]) for r in log if "loss" in r]
+        if settings.metrics != "all" and state == "finished":
+            result = analyze_run(run_dir, find_data(settings, checkpoint), settings, device)
+            entry["totals"] |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
+            for column, values in (pair for columns in shown_columns(result).values() for pair in columns):
+                entry["columns"][column.label or column.title] = values[1:]
+        runs.append(entry), given.append({k: str(v) if isinstance(v, (list, dict)) else v for k, v in of_run.items()})
+    if not runs:
+        raise UserError(f"{folder} holds neither ckpt.pt nor folders of runs")
+    names = differing(given)
+    for entry, of_run in zip(runs, given):
+        entry["settings"] = {name: of_run.get(name) for name in names}
+    return runs
+
+
+def differing(given):
+    """The settings in which runs differ, {name: value} each: norm first, the seed last."""
+    known = {name for of_run in given for name in of_run}.difference(IGNORED)
+    differ = [name for name in known if len({of_run.get(name) for of_run in given}) > 1]
+
+    def decides(one, other):
+        pairs = {(of_run.get(one), of_run.get(other)) for of_run in given}
+        return len(pairs) == len({of_run.get(one) for of_run in given})
+
+    primary = [name for name in differ if name not in DERIVED]
+    primary += [n for n in differ if n in DERIVED and not any(decides(p, n) for p in primary if p != "seed")]
+    return sorted(primary, key=lambda name: (name != "norm", name == "seed", name != "learning_rate", name))
+
+
+def by_group(runs, without=("seed",)):
+    """{values of the settings that differ, but those of `without`: its runs}."""
+    groups = {}
+    for entry in runs:
+        key = tuple((name, value) for name, value in entry["settings"].items() if name not in without)
+        groups.setdefault(key, []).append(entry)
+    return dict(sorted(groups.items(), key=lambda item: [(str(type(v)), v) for _, v in item[0]]))
+
+
+def mean_and_deviation(values):
+    """(mean, standard deviation with n - 1, n) of numbers; nan where there are too few."""
+    n = len(values)
+    return statistics.fmean(values) if n else math.nan, statistics.stdev(values) if n > 1 else math.nan, n
+
+
+def finished_losses(runs):
+    return [entry["loss"] for entry in runs if entry["state"] == "finished" and entry["loss"] is not None]
+
+
+def best_groups(runs):
+    """The groups of by_group at the learning rate of smallest mean loss, or all where it does not differ."""
+    best = {}
+    for key, group in by_group(runs).items():
+        others = tuple(pair for pair in key if pair[0] != "learning_rate")
+        loss = mean_and_deviation(finished_losses(group))[0]
+        if not math.isnan(loss) and loss < best.get(others, (math.inf,))[0]:
+            best[others] = loss, key, group
+    return {key: group for _, key, group in best.values()}
+
+
+def paired_difference(group, runs, name, baseline):
+    """(mean, standard error, n) of the losses of a group minus those of the runs that differ from them in the setting
+    `name` alone, where it is `baseline`: the same seeds, hence the same batches."""
+    losses = {tuple(entry["settings"].items()): entry["loss"] for entry in runs if entry["state"] == "finished"}
+    pairs = []
+    for entry in group:
+        partner = losses.get(tuple((entry["settings"] | {name: baseline}).items()))
+        if entry["state"] == "finished" and partner is not None:
+            pairs.append(entry["loss"] - partner)
+    mean, deviation, n = mean_and_deviation(pairs)
+    return mean, deviation / math.sqrt(n) if n else math.nan, n
+
+
+def plus_minus(mean, spread, n, digits=4):
+    if not n:
+        return "-"
+    return f"{mean:.{digits}g} ({n})" if math.isnan(spread) else f"{mean:.{digits}g} ± {spread:.2g} ({n})"
+
+
+def sweep_tables(runs, baseline):
+    """Markdown: every group of runs that differ in the seed alone, and each at its best learning rate."""
+    names = [name for name in runs[0]["settings"] if name != "seed"]
+    titles = list(dict.fromkeys(title for entry in runs for title in entry["totals"]))
+    head = [*names, "held-out loss, nats", f"minus {names[0]}={baseline}", "diverged", "unfinished", *titles]
+    text = ["Mean ± standard deviation (number of runs); differences: mean ± standard error (number of pairs)."]
+    tables = {"All runs": by_group(runs)}
+    if "learning_rate" in names:
+        tables["Each at its best learning rate"] = best_groups(runs)
+    for title, groups in tables.items():
+        rows = []
+        for key, group in groups.items():
+            states = [entry["state"] for entry in group]
+            row = [str(value) for _, value in key]
+            row.append(plus_minus(*mean_and_deviation(finished_losses(group)), digits=5))
+            row.append(plus_minus(*paired_difference(group, runs, names[0], baseline), digits=3))
+            row += [str(states.count("diverged")), str(states.count("unfinished"))]
+            for total in titles:
+                values = [entry["totals"].get(total) for entry in group if entry["state"] == "finished"]
+                values = [value for value in values if value is not None]
+                row.append(plus_minus(*mean_and_deviation(values)))
+            rows.append(row)
+        lines = [head, ["---"] * len(head), *rows]
+        text += ["", f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in lines)]
+    return "\n".join(text) + "\n"
+
+
+def draw_against(runs, name, folder):
+    """Held-out loss against a setting with numbers, a line for each combination of the others: mean, and the standard
+    deviation over seeds. A cross at the top says that a run diverged there."""
+    lines = {}
+    for key, group in by_group(runs).items():
+        others = ", ".join(str(value) for other, value in key if other != name) or "all"
+        losses = finished_losses(group)
+        n_diverged = sum(entry["state"] == "diverged" for entry in group)
+        lines.setdefault(others, []).append((dict(key)[name], *mean_and_deviation(losses)[:2], n_diverged))
+    fig, (axis,) = grid(1, width=5.5, height=3.8)
+    for title, style in line_styles(lines).items():
+        x, mean, deviation, n_diverged = zip(*lines[title])
+        axis.errorbar(x, mean, [0 if math.isnan(d) else d for d in deviation], label=title, capsize=2, **style)
+        crosses = [value for value, n in zip(x, n_diverged) if n]
+        axis.plot(crosses, [0.98] * len(crosses), "x", color=style["color"], transform=axis.get_xaxis_transform())
+    values = [entry["settings"][name] for entry in runs]
+    if min(values) > 0 and max(values) >= 4 * min(values):
+        axis.set_xscale("log")
+    label(axis, name, "held-out loss, nats")
+    legend(fig, [axis])
+    return save(fig, folder / f"loss_by_{name}.svg", f"Held-out loss against {name}, mean and deviation over seeds")
+
+
+def draw_bands(runs, folder):
+    """At its best learning rate, each group's layers (variance, gates, what was measured) and curves over training:
+    mean over seeds, and one standard deviation around it."""
+    groups, panels = best_groups(runs) or by_group(runs), {}  # panels: {(kind, title): {group: [(x, y) of each entry]}}
+    for key, group in groups.items():
+        line = ", ".join(str(value) if name == "norm" else f"{name}={value}" for name, value in key) or "all"
+        for entry in group:
+            for title, values in entry["columns"].items():
+                points = list(enumerate(values.tolist(), 1))
+                panels.setdefault(("layers", title), {}).setdefault(line, []).append(points)
+            for title, points in entry["curves"].items():
+                panels.setdefault(("training", title), {}).setdefault(line, []).append(points)
+    written = []
+    for kind, xlabel in (("layers", "layer"), ("training", "step")):
+        chosen = {title: lines for (of_kind, title), lines in panels.items() if of_kind == kind}
+        if not chosen:
+            continue
+        fig, axes = grid(len(chosen), 2, width=4.5, height=3.2)
+        styles = line_styles(list(dict.fromkeys(line for lines in chosen.values() for line in lines)))
+        for axis, (title, lines) in zip(axes, chosen.items()):
+            for line, curves in lines.items():
+                x = [step for step, _ in curves[0]]
+                y = torch.tensor([[value for _, value in c] for c in curves if len(c) == len(x)], dtype=torch.float64)
+                mean, deviation = y.mean(0), y.std(0) if len(y) > 1 else torch.zeros(len(x))
+                axis.plot(x, mean.tolist(), label=line, markevery=max(1, len(x) // 6), **styles[line])
+                low, high = (mean - deviation).tolist(), (mean + deviation).tolist()
+                axis.fill_between(x, low, high, color=styles[line]["color"], alpha=0.2, lw=0)
+            if "variance" in title:
+                axis.set_yscale("log")
+            label(axis, xlabel, title)
+        legend(fig, axes)
+        what = "Layers" if kind == "layers" else "Training"
+        written.append(save(fig, folder / f"{kind}.svg", f"{what}: mean and deviation over seeds, best learning rate"))
+    return written
+
+
+def is_sweep(folder):
+    """Whether a folder holds runs instead of being one."""
+    folder = Path(folder)
+    return folder.is_dir() and not (folder / "ckpt.pt").exists() and any(folder.glob("*/ckpt.pt"))
+
+
+def analyze_sweep(settings, device, has_matplotlib):
+    """Tables (sweep.md), raw numbers (sweep.json) and figures of the runs in a folder, written into it."""
+    folder = Path(settings.out_dirs[0])
+    runs = read_sweep(folder, settings, device)
+    if not any(name != "seed" for name in runs[0]["settings"]):
+        raise UserError(f"the {len(runs)} runs in {folder} differ in no setting but the seed")
+    first = next(iter(runs[0]["settings"]))
+    values = {str(entry["settings"][first]): entry["settings"][first] for entry in runs}
+    if settings.baseline is not None and settings.baseline not in values:
+        raise UserError(f"baseline is {settings.baseline!r}; {first} is one of {', '.join(values)}")
+    baseline = values[settings.baseline] if settings.baseline is not None else next(iter(values.values()))
+    text = sweep_tables(runs, baseline)
+    print(text)
+    save_whole(folder / "sweep.md", lambda file: file.write(text.encode()))
+    save_whole(folder / "sweep.json", lambda file: file.write(json.dumps(plain(runs)).encode() + b"\n"))
+    written = ["sweep.md", "sweep.json"]
+    if has_matplotlib and settings.figures is not False:
+        for name in (n for n in runs[0]["settings"] if n != "seed"):
+            if all(type(entry["settings"][name]) in (int, float) for entry in runs):
+                written.append(draw_against(runs, name, folder))
+        written += draw_bands(runs, folder)
+    print(f"wrote {folder}/{', '.join(written)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 
@@ -1392,13 +1625,20 @@ def main():
         raise UserError(f"{str(error).splitlines()[0]} (--device={settings.device})") from None
     if settings.choices:
         read_questions(settings.choices)
+    has_matplotlib = find_spec("matplotlib") is not None
+    if settings.figures and not has_matplotlib:
+        raise UserError("figures need matplotlib: pip install matplotlib")
+    if is_sweep(settings.out_dirs[0]):
+        if len(settings.out_dirs) > 1:
+            raise UserError(f"{settings.out_dirs[0]} is a sweep: name it alone")
+        analyze_sweep(settings, device, has_matplotlib)
+        return
+    if settings.baseline is not None:
+        raise UserError(f"baseline={settings.baseline} has no effect: {settings.out_dirs[0]} is not a sweep of runs")
     data = {}
     for out_dir in settings.out_dirs:
         data[out_dir] = find_data(settings, load_run(out_dir)[1])
         read_log(Path(out_dir) / "log.jsonl")
-    has_matplotlib = find_spec("matplotlib") is not None
-    if settings.figures and not has_matplotlib:
-        raise UserError("figures need matplotlib: pip install matplotlib")
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (settings.out_dirs[0] if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)

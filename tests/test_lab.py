@@ -1,0 +1,131 @@
+"""analyze.py on a folder of runs: means over seeds, differences to a baseline, figures. The runs are made up, not trained."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT  # noqa: F401
+
+import analyze
+import configurator
+from configurator import UserError
+from model import GPT, GPTConfig
+
+
+def make_run(folder, loss, step=4, diverged=False, variance=(1.0, 2.0), gates=None, max_iters=4, **given):
+    """A run's folder with a checkpoint and a log, as train.py writes them."""
+    config = GPTConfig(n_layer=2, n_embd=8, n_head=2, vocab_size=17, block_size=8, norm=given["norm"])
+    name = ",".join(f"{key}={value}" for key, value in given.items())
+    (folder / name).mkdir(parents=True)
+    settings = {**asdict(config), "dataset": "d", "data_dir": "data", "out_dir": name, "max_iters": max_iters, **given}
+    state = {"model": GPT(config).state_dict(), "optimizer": {}, "config": asdict(config), "settings": settings}
+    torch.save({**state, "step": step, "val_loss": loss, "tokenizer": None}, folder / name / "ckpt.pt")
+    log = [{"step": s, "val_loss": loss, "variance": [v * (s + 1) for v in variance]} for s in (0, step)]
+    log += [{"step": s, "loss": loss + 1 / s} for s in (2, 4)]
+    if gates:
+        log[0]["gates"], log[1]["gates"] = [0.0, 0.0], list(gates)
+    if diverged:
+        log.append({"step": 3, "diverged": "loss is nan"})
+    (folder / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two schemes, two learning rates, up to three seeds; lns is better at 0.01, pre at 0.001."""
+    folder = tmp_path_factory.mktemp("sweep")
+    losses = {("pre", 0.001): (2.0, 2.2, 2.4), ("pre", 0.01): (3.0, 3.1, 3.2), ("gpas_lns", 0.001): (2.5, 2.6), ("gpas_lns", 0.01): (1.9, 2.0, 2.3)}
+    for (norm, rate), values in losses.items():
+        for seed, loss in enumerate(values, 1):
+            gates = (0.5, -0.5) if norm.startswith("gpas") else None
+            make_run(folder, loss, norm=norm, learning_rate=rate, seed=seed, gates=gates, variance=(1.0, float(seed)))
+    make_run(folder, 9.0, norm="gpas_lns", learning_rate=0.001, seed=3, diverged=True)
+    make_run(folder, 9.0, norm="pre", learning_rate=0.1, seed=1, step=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(sweep):
+    return analyze.read_sweep(sweep, analyze.Settings([str(sweep)]), "cpu")
+
+
+def program(monkeypatch, capsys, *args):
+    """(exit code, standard output, standard error) of analyze.py."""
+    monkeypatch.setattr("sys.argv", ["analyze.py", *map(str, args)])
+    try:
+        configurator.run(analyze.main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_the_settings_that_differ(runs):
+    """The scheme, the rate and the seed, in this order; not what the scheme's row or the folder decides."""
+    assert [list(run["settings"]) for run in runs] == [["norm", "learning_rate", "seed"]] * len(runs)
+    assert analyze.differing([{"n_embd": 8, "n_hidden": 24, "seed": 1}, {"n_embd": 16, "n_hidden": 48, "seed": 1}]) == ["n_embd"]
+    assert analyze.differing([{"n_kv_head": 1, "seed": 1}, {"n_kv_head": 2, "seed": 2}]) == ["n_kv_head", "seed"]
+
+
+def test_means_and_states(runs):
+    states = [run["state"] for run in runs]
+    assert (states.count("finished"), states.count("diverged"), states.count("unfinished")) == (11, 1, 1)
+    groups = analyze.by_group(runs)
+    pre = groups[("norm", "pre"), ("learning_rate", 0.001)]
+    mean, deviation, n = analyze.mean_and_deviation(analyze.finished_losses(pre))
+    assert (mean, deviation, n) == (pytest.approx(2.2), pytest.approx(0.2), 3)
+    lns = groups[("norm", "gpas_lns"), ("learning_rate", 0.001)]
+    assert analyze.finished_losses(lns) == [2.5, 2.6]  # the diverged one is not averaged
+    assert pre[0]["totals"] == {"last variance": 5.0}
+    assert lns[0]["columns"]["1 - act(a)"].tolist() == pytest.approx([1 - 0.5 / (1 + math.exp(-0.5)), 1 + 0.5 / (1 + math.exp(0.5))])
+
+
+def test_each_at_its_best_learning_rate(runs):
+    best = analyze.best_groups(runs)
+    assert set(best) == {(("norm", "pre"), ("learning_rate", 0.001)), (("norm", "gpas_lns"), ("learning_rate", 0.01))}
+
+
+def test_paired_differences(runs):
+    """Seeds 1 and 2 have both schemes at 0.001, seed 3 diverged: 0.5 and 0.4, a mean of 0.45, an error of 0.05."""
+    group = analyze.by_group(runs)[("norm", "gpas_lns"), ("learning_rate", 0.001)]
+    assert analyze.paired_difference(group, runs, "norm", "pre") == pytest.approx((0.45, 0.05, 2))
+
+
+def test_program(sweep, runs, monkeypatch, capsys):
+    code, out, err = program(monkeypatch, capsys, sweep, "--baseline=pre", "--figures=false")
+    assert code == 0 and err == ""
+    assert "| pre | 0.001 | 2.2 ± 0.2 (3) | 0 ± 0 (3) | 0 | 0 | 10 ± 5 (3) |" in out
+    assert "| gpas_lns | 0.001 | 2.55 ± 0.071 (2) | 0.45 ± 0.05 (2) | 1 | 0 |" in out
+    assert "| pre | 0.1 | - | - | 0 | 1 |" in out
+    assert (sweep / "sweep.md").read_text() in out
+    written = json.loads((sweep / "sweep.json").read_text())
+    assert [run["settings"] for run in written] == [run["settings"] for run in runs]
+    first = next(run for run in written if run["settings"] == {"norm": "pre", "learning_rate": 0.001, "seed": 2})
+    assert first["loss"] == 2.2 and first["columns"]["variance"] == [5.0, 10.0]
+    assert first["curves"]["training loss, nats"] == [[2, 2.7], [4, 2.45]]
+
+
+def test_figures(sweep, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    code, out, _ = program(monkeypatch, capsys, sweep)
+    assert code == 0 and "loss_by_learning_rate.svg, layers.svg, training.svg" in out
+    for name in ("loss_by_learning_rate", "layers", "training"):
+        text = (sweep / f"{name}.svg").read_text()
+        assert text.lstrip().startswith("<?xml") and len(text) < 150_000
+
+
+def test_mistakes(sweep, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "seeds", 2.0, norm="pre", seed=1)
+    make_run(tmp_path / "seeds", 2.1, norm="pre", seed=2)
+    for args, message in (
+        ([sweep, "--baseline=post"], "baseline is 'post'; norm is one of gpas_lns, pre"),
+        ([sweep, sweep / "norm=pre,learning_rate=0.1,seed=1"], "is a sweep: name it alone"),
+        ([tmp_path / "empty"], "no checkpoint"),
+        ([tmp_path / "seeds"], "differ in no setting but the seed"),
+    ):
+        code, _, err = program(monkeypatch, capsys, *args)
+        assert code == 2 and message in err and len(err.splitlines()) == 1, err
+    with pytest.raises(UserError, match="holds neither ckpt.pt nor folders of runs"):
+        analyze.read_sweep(tmp_path / "empty", analyze.Settings(["x"]), "cpu")
