@@ -74,14 +74,15 @@ def configure(declaration, description, argv=None, positional=None):
     return build_settings(declaration, read_settings(declaration, description, argv, positional))
 
 
-def read_settings(declaration, description, argv=None, positional=None):
+def read_settings(declaration, description, argv=None, positional=None, never_lists=None):
     """The settings that config files and `argv` (the command line) give: a dict by name, without those not given.
 
     Fields of the dataclass `declaration` may be int, float, str, bool, list[str], or one of them `| None`.
     Annotated[int, (least, greatest)], Annotated[str, {...}] (a table whose keys are the choices) and Literal["a", "b"]
     limit the values. `positional` names a list field that takes the arguments that are neither settings nor config
-    files. UserError for an unknown setting, a value of another type, or a config file that fails; `--help` prints and
-    exits.
+    files. With `never_lists`, any setting that it does not name may be a list of values: with commas between them on
+    the command line, a Python list in a config file. The dict has the order in which the settings were given last.
+    UserError for an unknown setting, a value of another type, or a config file that fails; `--help` prints and exits.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if "--help" in args or "-h" in args:
@@ -91,7 +92,9 @@ def read_settings(declaration, description, argv=None, positional=None):
     while args:
         arg = args.pop(0)
         if arg.endswith(".py") and not arg.startswith("--"):
-            values.update(read_config_file(declaration, arg))
+            for name, value in read_config_file(declaration, arg, never_lists).items():
+                values.pop(name, None)  # so that it goes to the end
+                values[name] = value
             continue
         if arg.startswith("--"):
             name, has_value, text = arg[2:].partition("=")
@@ -107,7 +110,9 @@ def read_settings(declaration, description, argv=None, positional=None):
             lists[name] = lists.get(name, []) + texts
             values[name] = lists[name]
         else:
-            values[name] = parse(declaration, name, texts[0])
+            values.pop(name, None)
+            is_list = never_lists is not None and name not in never_lists and "," in texts[0]
+            values[name] = (parse_list if is_list else parse)(declaration, name, texts[0])
     return values
 
 
@@ -146,8 +151,17 @@ def parse(declaration, name, text):
     raise UserError(f"--{name} expects {kind_name(kind)}, got {text!r}")
 
 
-def read_config_file(declaration, path):
-    """The settings that the Python file `path` assigns; UserError for one that is unknown or of another type."""
+def parse_list(declaration, name, text):
+    """The values of the setting `name` that `text` holds with commas between them."""
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise UserError(f"--{name} is a list with an empty element: {text!r}")
+    return [parse(declaration, name, part) for part in parts]
+
+
+def read_config_file(declaration, path, never_lists=None):
+    """The settings that the Python file `path` assigns; UserError for one that is unknown or of another type. Lists
+    as in read_settings."""
     try:
         names = runpy.run_path(path)
     except OSError as error:
@@ -160,7 +174,10 @@ def read_config_file(declaration, path):
         if name.startswith("_") or (is_helper and name not in declaration.__dataclass_fields__):
             continue
         kind = kind_of(declaration, name, f"setting in {path}: ")
-        if not fits(value, kind):
+        is_list = never_lists is not None and name not in never_lists and isinstance(value, list)
+        if is_list and not value:
+            raise UserError(f"config file {path}: {name} is an empty list")
+        if not all(fits(one, kind) for one in (value if is_list else [value])):
             raise UserError(f"config file {path}: {name} expects {kind_name(kind)}, got {value!r}")
         values[name] = value
     return values

@@ -370,7 +370,7 @@ def prepare(settings):
     encoding = None if is_bpe else get_tokenizer(settings.tokenizer, settings.eot_token)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with locked(partial, folder):
+        with locked(partial, f"preparing {folder}"):
             try:
                 write_shards(settings, inputs, source, encoding, partial)
             except UserError as error:
@@ -563,18 +563,22 @@ def fingerprint(settings, inputs):
 
 
 @contextmanager
-def locked(partial, folder):
-    """Keeps other processes from the same data set; a process that is killed lets go of it."""
+def locked(folder, work):
+    """Keeps other processes from the same work in a folder, where its file system has locks; a process that is killed
+    lets go of it. `work` says in an error what the other one does."""
     if fcntl is None:
         yield
         return
-    handle = os.open(partial, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is {work}; wait for it") from None
+        except OSError:
+            pass  # a file system without locks
         yield
         os.fsync(handle)  # of the folder: the names in it
-    except BlockingIOError:
-        raise UserError(f"another process is preparing {folder}; wait for it") from None
     finally:
         os.close(handle)
 

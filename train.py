@@ -3,6 +3,7 @@
     python train.py --norm=lns --n_layer=24 --dataset=NAME     another placement, depth, data (see prepare_data.py)
     python train.py config/gpas_130m.py --compile              settings from a file, then from the command line
     python train.py config/gpas_7b.py --gpus=8 --dry_run       its size, tokens, FLOPs and memory, without training
+    python train.py --norm=pre,lns --seed=1,2,3                a sweep: every combination, each in a folder of its own
     torchrun --nproc_per_node=8 train.py config/gpas_1b.py     several processes, one for each GPU
     python train.py --norm=lns --init_from=resume              continue the run in out-lns
     python train.py --init_from=out-lns --dataset=NAME         fine-tune its weights
@@ -14,11 +15,13 @@ A run is a folder: ckpt.pt (weights, optimizer, architecture, tokenizer), ckpt_p
 log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=resume goes on to the bit.
 
 The file begins with the settings and the training, `train`, whose loop is its last part. The pieces that it calls
-follow: what a run continues, data, the model, the optimizer, measuring, the run's folder, faults, processes, planning.
+follow: what a run continues, data, the model, the optimizer, measuring, the run's folder, faults, processes, planning,
+sweeps.
 """
 
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -26,6 +29,7 @@ import platform
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -81,6 +85,7 @@ class Settings(GPTConfig):
     sample: str | None = None  # a prompt: continue it with the checkpoint in out_dir and exit
     dry_run: bool = False  # print size, tokens, FLOPs and memory and exit
     gpus: COUNT = 1  # dry_run: how many share the work
+    jobs: COUNT | None = None  # sweep: runs at a time; none: one for each GPU, or one for each core
     seed: NATURAL = 1337  # of the weights and of the order of the data
     # data
     dataset: str = "stdlib"  # a folder in data_dir, or a path
@@ -162,7 +167,10 @@ def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     processes = find_processes()
     with errors_told_once(processes), StopRequest(is_main=processes.rank == 0) as stop:
-        given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.")
+        given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
+        if is_sweep(given):
+            sweep(given, processes, stop)
+            return
         of_run, checkpoint = settings_of_run(given)  # both empty for a new run
         settings = build_settings(Settings, {**of_run, **given})
         if settings.dry_run:
@@ -177,7 +185,8 @@ def main():
             evaluate_run(checkpoint, data, setup)
             return
         changes = {name: (of_run[name], now) for name, now in given.items() if of_run.get(name, now) != now}
-        train(checkpoint, changes, data, setup, stop)
+        with alone_in_folder(settings.out_dir, processes):
+            train(checkpoint, changes, data, setup, stop)
 
 
 def train(checkpoint, changes, data, setup, stop):
@@ -216,7 +225,8 @@ def train(checkpoint, changes, data, setup, stop):
             n_batches, begin = settings.last_eval_iters if is_last else settings.eval_iters, time.monotonic()
             val_loss = evaluate(compiled, data.val, setup, n_batches)
             if not math.isfinite(val_loss):
-                folder.end_where_not_finite(f"validation loss is {val_loss} at step {step}", model, [report_batch])
+                what = f"validation loss is {val_loss} at step {step}"
+                folder.end_where_not_finite(step, what, model, [report_batch])
             if step == start_step and step < settings.max_iters and not setup.use_compile:
                 seconds = expected_seconds(
                     setup, step, time.monotonic() - begin, count_batches(data.val, setup, n_batches)
@@ -230,7 +240,7 @@ def train(checkpoint, changes, data, setup, stop):
         save()
 
     # -- the loop
-    stop.listen(settings.out_dir)
+    stop.listen(f"{settings.out_dir}/ckpt.pt")
     model.train()
     is_stopping, batches = False, read_step(data, step, setup)
     if is_due(step, settings) and not folder.is_evaluated:
@@ -256,7 +266,7 @@ def train(checkpoint, changes, data, setup, stop):
             last_batches, batches = batches, read_step(data, step + 1, setup)  # while CUDA computes
             layer_norms = gradient_norms(model) if (step + 1) % settings.log_interval == 0 else None
             grad_norm, gate_norm = clip(others, settings.grad_clip), clip(gates, settings.gate_clip)
-            loss, n_stops = processes.sum(loss.item(), stop.number > 0)
+            loss, n_stops = processes.sum(loss.item(), stop.is_asked())
             is_finite = math.isfinite(loss + grad_norm + gate_norm)
             if is_finite:
                 optimizer.step()
@@ -266,7 +276,8 @@ def train(checkpoint, changes, data, setup, stop):
         if not is_finite:
             what = f"loss is {loss}, gradient norm {grad_norm} at step {step}, lr {lr:.2e}"
             if skipped >= settings.nan_patience:
-                folder.end_where_not_finite(f"{what}, {skipped} such steps in a row", model, last_batches)
+                what = f"{what}, {skipped} such steps in a row"
+                folder.end_where_not_finite(step, what, model, last_batches)
             print(f"step {step:5d}: {what}: skipped")
             folder.log({"step": step, "skipped": skipped, "lr": lr})
         elif step % settings.log_interval == 0:
@@ -354,7 +365,9 @@ def auxiliary_losses(model):
 # The run that is continued, evaluated, sampled or fine-tuned
 
 # Settings of one call, which a run that is continued does not hand on.
-OF_ONE_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus device dtype compile shard recompute".split()
+OF_ONE_CALL = (
+    "out_dir init_from overwrite eval_only sample dry_run gpus jobs device dtype compile shard recompute".split()
+)
 
 
 def settings_of_run(given):
@@ -989,10 +1002,12 @@ class RunFolder:
                 give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
         self.saved_step = step
 
-    def end_where_not_finite(self, what, model, batches):
-        """UserError that says where the first value that is not finite arises in a pass over the batches."""
+    def end_where_not_finite(self, step, what, model, batches):
+        """UserError, and a line in the log, that says where the first value that is not finite arises in a pass over
+        the batches."""
         where = self.setup.processes.first(first_non_finite(model, batches, self.setup.autocast))
         where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
+        self.log({"step": step, "diverged": f"{what}; {where}"})
         safe = f"{self.path}/ckpt.pt is from step {self.saved_step}"
         if self.saved_step is None:
             safe = "nothing was saved yet" + ", the run that was there is untouched" * self.held_a_run
@@ -1007,6 +1022,17 @@ def check_out_dir(settings):
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir {out_dir} is not a folder")
+
+
+@contextmanager
+def alone_in_folder(out_dir, processes):
+    """Keeps other jobs from training in out_dir, which is made if it is missing."""
+    if processes.rank:
+        yield
+        return
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    with prepare_data.locked(out_dir, f"training in {out_dir}"):
+        yield
 
 
 def is_kept(step, settings):
@@ -1145,13 +1171,18 @@ def first_non_finite(model, batches, autocast):
 
 class StopRequest:
     """SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a second one ends the
-    process at once. Both hold from `listen` to the end of the context."""
+    process at once. Both hold from `listen` to the end of the context. A run of a sweep also stops when the sweep has
+    ended without it."""
 
     def __init__(self, is_main):
         self.is_main, self.number, self.before = is_main, 0, {}
+        self.sweep = int(os.environ.get(SWEEP, 0))
 
-    def listen(self, out_dir):
-        self.out_dir = out_dir
+    def is_asked(self):
+        return self.number > 0 or self.sweep not in (0, os.getppid())
+
+    def listen(self, checkpoint):
+        self.checkpoint = checkpoint
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __enter__(self):
@@ -1164,7 +1195,7 @@ class StopRequest:
     def receive(self, number, frame):
         # os.write, since a signal may arrive in the middle of a print
         if self.number:
-            os.write(2, f"stopped at once; {self.out_dir}/ckpt.pt is the last that was saved\n".encode())
+            os.write(2, f"stopped at once; {self.checkpoint} is the last that was saved\n".encode())
             os._exit(128 + number)
         self.number = number
         if self.is_main:
@@ -1320,6 +1351,249 @@ def activation_bytes(model, settings):
     if settings.recompute:  # every block's input in float32, and one block at a time
         block_bytes = block_bytes / settings.n_layer + 4 * settings.n_layer * idx.numel() * settings.n_embd
     return block_bytes + sum(outside.values()) + 4 * logits.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweeps: lists of values, trained by one process of this program for each combination
+
+# The environment variable that tells a run the process id of its sweep.
+SWEEP = "NANONORM_SWEEP"
+
+# What cannot be a list: folders, how the program is called, and a text that has commas of its own.
+NEVER_LISTS = "out_dir init_from data_dir overwrite jobs eval_only sample dry_run gpus gates".split()
+
+# Where an earlier run may differ from the sweep that it belongs to: its length, and how it is watched.
+MAY_DIFFER = "max_iters max_tokens vocab_size data_dir eval_interval log_interval keep_every".split()
+MAY_DIFFER += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split() + OF_ONE_CALL
+
+
+@dataclass
+class Trial:
+    """One combination of a sweep: a run in a folder of its own."""
+
+    name: str  # what sets it apart, "norm=pre,seed=1"
+    folder: Path
+    given: dict  # settings, as train.py takes them
+    settings: Settings
+    is_resumed: bool = False
+    first_step: int = 0  # where it goes on
+    step: int = 0
+    loss: float | None = None  # the last on the held-out set
+    outcome: str = ""  # "finished", "diverged: why" or "failed: why"; empty as long as it is not trained
+    flops: float = 0.0  # of a step, which tell the time that it takes
+    process: subprocess.Popen | None = None
+    started: float = 0.0  # time.time()
+    place: str = ""  # the GPU; empty for a core
+
+    def read_log(self):
+        """Notes what it has logged, since its process started if there is one: step, loss, and that it diverged."""
+        try:  # the log of a new run is log.partial at first
+            paths = [path for path in (self.folder / "log.partial", self.folder / "log.jsonl") if path.exists()]
+            newest = max(paths, key=os.path.getmtime, default=None)
+            is_its = newest and os.path.getmtime(newest) >= self.started
+            records = read_log(newest) if is_its else []
+        except FileNotFoundError:  # it has just changed its name
+            return
+        for record in records:
+            self.step, self.loss = record["step"], record.get("val_loss", self.loss)
+        if records and "diverged" in records[-1]:
+            self.outcome = f"diverged: {records[-1]['diverged']}"
+
+
+def is_sweep(given):
+    """Whether a setting is a list. UserError for a list of folders."""
+    for name in ("out_dir", "init_from", "data_dir"):
+        text = given.get(name) or ""
+        if "," in text and "=" not in text and not Path(text).exists():  # "=": the folder of a run of a sweep
+            raise UserError(f"{name} is one folder and cannot be a list: {text!r}")
+    return any(isinstance(value, list) for value in given.values())
+
+
+def sweep(given, processes, stop):
+    """Trains every combination of the settings that are lists, several at a time, each in its own folder in out_dir.
+
+    What is finished there is not repeated, what was interrupted goes on. UserError before the first one starts for a
+    mistake in any of them, and at the end if a run has failed; a run that diverges has an outcome too.
+    """
+    lists = {name: values for name, values in given.items() if isinstance(values, list)}
+    names = ", ".join(lists)
+    if processes.store:
+        raise UserError(
+            f"a list of values ({names}) is several runs, and torchrun's processes share one run: "
+            "start it with python train.py, which starts a process for each run"
+        )
+    for name in ("eval_only", "sample", "dry_run"):
+        if given.get(name) not in (None, False):
+            raise UserError(f"{name} is for one run: it does not go with a list of values ({names})")
+    if given.get("init_from") == "resume":
+        raise UserError("a sweep goes on where it was interrupted by the same command: leave out init_from=resume")
+    folder, trials, known_flops = Path(given.get("out_dir") or "out-sweep"), [], {}
+    for values in itertools.product(*lists.values()):
+        combination = dict(zip(lists, values))
+        name = ",".join(f"{setting}={value}" for setting, value in combination.items()).replace("/", "_")
+        if any(trial.name == name for trial in trials):
+            raise UserError(f"the lists give {name} twice")
+        try:
+            trial = build_trial(name, folder / name, {**given, **combination, "out_dir": str(folder / name)})
+            if not trial.outcome:
+                check_trial(trial, known_flops)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        trials.append(trial)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with prepare_data.locked(folder, f"training the runs in {folder}"):
+        train_trials(trials, folder, stop)
+    print_table(trials)
+    if stop.number:
+        print(f"{signal.Signals(stop.number).name}: stopped; the same command goes on from here")
+        sys.exit(128 + stop.number)
+    print(f"compare them with: python analyze.py {folder}")
+    n_failed = sum(trial.outcome.startswith("failed") for trial in trials)
+    if n_failed:
+        advice = "train.log in a run's folder says more, the same command tries them again"
+        raise UserError(f"{n_failed} of {len(trials)} runs failed; {advice}")
+
+
+def build_trial(name, folder, given):
+    """The Trial of a combination as its folder holds it. UserError if the run there has other settings, or is being
+    trained."""
+    trial = Trial(name, folder, given, build_settings(Settings, {**settings_of_run(given)[0], **given}))
+    if trial.settings.overwrite or not folder.is_dir():
+        return trial
+    with prepare_data.locked(folder, f"training in {folder}"):
+        trial.read_log()
+        if not (folder / "ckpt.pt").exists():
+            return trial
+        checkpoint = open_checkpoint(folder)
+    for field in fields(Settings):
+        before, now = checkpoint["settings"].get(field.name, field.default), getattr(trial.settings, field.name)
+        has_effect = field.name != "eval_iters" or trial.settings.last_eval_iters is None
+        if before != now and has_effect and field.name not in MAY_DIFFER:
+            raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
+    if not trial.outcome:
+        trial.is_resumed, trial.loss = True, checkpoint.get("val_loss")
+        trial.step = trial.first_step = checkpoint["step"]
+        trial.outcome = "finished" if trial.step >= trial.settings.max_iters else ""
+    return trial
+
+
+def check_trial(trial, known_flops):
+    """UserError for what would end a run at its start. Sets its FLOPs; known_flops keeps them for runs of one model."""
+    now = {**trial.given, **({"init_from": "resume"} if trial.is_resumed else {"overwrite": True})}
+    of_run, checkpoint = settings_of_run(now)
+    settings = build_settings(Settings, {**of_run, **now})
+    if settings.shard:
+        raise UserError("shard needs torchrun, which does not go with a list of values")
+    if not takes_any_gpu(settings):
+        try:
+            find_device(settings.device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    setup = Setup(settings, Processes(), torch.device("meta"), "float32")
+    data = open_data(checkpoint, setup)
+    key = str([data.config, settings.gates, settings.freeze_gates])
+    if key not in known_flops:
+        with torch.device("meta"):
+            model = build_model(data.config, None, setup)
+        set_gates(model, settings, is_new=not trial.is_resumed)
+        known_flops[key] = model.flops_per_token()
+    tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+    trial.flops = known_flops[key] * tokens
+
+
+def takes_any_gpu(settings):
+    """Whether the run trains on any GPU. (To ask find_device would take memory of one.)"""
+    return settings.device in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def train_trials(trials, folder, stop):
+    """Trains the runs without an outcome, as many at a time as there are GPUs or cores, and gives them one."""
+    waiting, training, begin = [trial for trial in trials if not trial.outcome], [], time.monotonic()
+    places = [""] * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    if waiting and all(takes_any_gpu(trial.settings) for trial in waiting):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        places = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if jobs := trials[0].settings.jobs:
+        places = [places[i % len(places)] for i in range(jobs)]
+    stop.listen(f"{folder}/*/ckpt.pt")
+    is_told, shown, due = False, None, 0.0
+    while training or (waiting and not stop.number):
+        for trial in list(training):
+            if trial.process.poll() is not None:
+                end_process(trial, stop)
+                training.remove(trial)
+                places.append(trial.place)
+        while waiting and places and not stop.number:
+            trial = waiting.pop(0)
+            try:
+                start_process(trial, places[0])
+                trial.place = places.pop(0)
+                training.append(trial)
+            except OSError as error:
+                trial.outcome = f"failed: {error.filename}: {error.strerror}"
+        if stop.number and not is_told:
+            is_told = True
+            for trial in training:
+                trial.process.terminate()  # it saves and ends
+        if shown != (len(waiting), len(training)) or (sys.stderr.isatty() and time.monotonic() > due):
+            show_progress(trials, training, time.monotonic() - begin)
+            shown, due = (len(waiting), len(training)), time.monotonic() + 2
+        time.sleep(0.1)
+
+
+def start_process(trial, place):
+    """The run's process, in a session of its own, so that Ctrl-C in the terminal reaches the sweep alone."""
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
+    config = trial.folder / "settings.py"
+    config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
+    command = [sys.executable, __file__, config, "--init_from=resume" if trial.is_resumed else "--overwrite"]
+    environment = {**os.environ, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": place} if place else {"OMP_NUM_THREADS": "1"}
+    trial.started = time.time()
+    with open(trial.folder / "train.log", "ab") as log:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        trial.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+
+
+def end_process(trial, stop):
+    """Sets the outcome of a run whose process has ended; none if the sweep stopped it."""
+    trial.read_log()
+    code = trial.process.returncode
+    if code == 0:
+        trial.outcome = "finished"
+    elif not trial.outcome and not (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
+        lines = (trial.folder / "train.log").read_text(errors="replace").split("\n")
+        said = [line.removeprefix("error: ") for line in lines if line.strip()]
+        killed = f"killed by {signal.Signals(-code).name}" if code < 0 else None
+        trial.outcome = f"failed: {killed or (said or ['it said nothing'])[-1]}"
+    if trial.outcome not in ("", "finished"):
+        print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
+
+
+def show_progress(trials, training, seconds):
+    """On standard error how far the runs are, and how long the rest takes, as the last `seconds` went."""
+    for trial in training:
+        trial.read_log()
+    count = Counter(trial.outcome.partition(":")[0] for trial in trials)
+    parts = [f"{count[outcome]} {outcome}" for outcome in ("finished", "diverged", "failed") if count[outcome]]
+    shares = [1 if trial.outcome else trial.step / max(1, trial.settings.max_iters) for trial in trials]
+    done = sum(trial.flops * (trial.step - trial.first_step) for trial in trials)
+    rest = sum(trial.flops * (trial.settings.max_iters - trial.step) for trial in trials if not trial.outcome)
+    left = [f"about {clock(seconds * rest / done)} left"] if done and rest else []
+    text = ", ".join([*parts, f"{len(training)} training", f"{sum(shares) / len(trials):.0%}", *left])
+    end = "\r" if sys.stderr.isatty() and training else "\n"
+    print(f"{len(trials)} runs: {text}".ljust(100 if end == "\r" else 0), file=sys.stderr, flush=True, end=end)
+
+
+def print_table(trials):
+    width = max(len(trial.name) for trial in trials)
+    print(f"{'run':{width}}   step  held-out loss")
+    for trial in trials:
+        loss = "" if trial.loss is None else f"{trial.loss:.4f}"
+        note = "" if trial.outcome == "finished" else trial.outcome or "not finished"
+        print(f"{trial.name:{width}}  {trial.step:5d}  {loss:13}  {note}".rstrip())
 
 
 if __name__ == "__main__":

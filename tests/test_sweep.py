@@ -1,0 +1,226 @@
+"""train.py with lists of values: every combination is trained in a process of its own, whatever happens to some."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train import call
+
+import prepare_data
+import train
+
+TINY = """
+n_layer, n_embd, n_head, block_size = 1, 16, 2, 16
+batch_size, gradient_accumulation_steps = 2, 1
+max_iters, eval_interval, eval_iters, log_interval, warmup_iters = 4, 2, 2, 1, 1
+learning_rate, sample_tokens = 1e-3, 2
+dataset, device = "d", "cpu"
+"""
+NAMES = [f"norm={norm},learning_rate={rate}" for norm in ("pre", "gpas_pre") for rate in ("0.001", "1e+38")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a data set d and the config file tiny.py."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "text.txt").write_text("north south\neast west norm\n" * 2000)
+    text = [str(folder / "text.txt")]
+    prepare_data.prepare(prepare_data.Settings(dataset="d", input=text, data_dir=str(folder / "data")))
+    (folder / "tiny.py").write_text(TINY)
+    (folder / "norms.py").write_text('norm = ["pre", "gpas_pre"]\nlearning_rate = 5.0\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swept(folder):
+    """The folder after a sweep of two norms, as a Python list, and two learning rates, of which one is far too high."""
+    done = call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def steps(sweep_folder):
+    """{name: step of the checkpoint} of the runs in a sweep's folder."""
+    runs = [path.parent for path in sweep_folder.glob("*/ckpt.pt")]
+    return {run.name: train.open_checkpoint(run)["step"] for run in runs}
+
+
+def log(run):
+    """The log of a run without what depends on time."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in r.items() if name != "tokens_per_s"} for r in records]
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(condition, what):
+    end = time.monotonic() + 180
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+
+
+# -- what is trained
+
+
+def test_every_combination_is_trained(swept):
+    assert sorted(p.name for p in (swept / "out-sweep").iterdir()) == sorted(NAMES)
+    for name in NAMES:
+        settings = train.open_checkpoint(swept / "out-sweep" / name)["settings"]
+        assert f"norm={settings['norm']},learning_rate={settings['learning_rate']}" == name
+        assert (settings["n_layer"], settings["out_dir"]) == (1, f"out-sweep/{name}")
+    table = (swept / "stdout").read_text().splitlines()[1:5]
+    assert [line.split()[0] for line in table] == NAMES
+    for line in table:
+        assert ("diverged: validation loss is nan at step 2" in line) == ("1e+38" in line)
+        assert "1e+38" in line or line.split()[1:] == ["4", f"{log(swept / 'out-sweep' / line.split()[0])[-1]['val_loss']:.4f}"]
+    assert "python analyze.py out-sweep" in (swept / "stdout").read_text()
+
+
+def test_a_run_of_a_sweep_equals_the_same_run_alone(swept):
+    done = call("tiny.py", "--norm=gpas_pre", "--out_dir=alone", cwd=swept)
+    assert done.returncode == 0, done.stderr
+    alone, swept_run = swept / "alone", swept / "out-sweep" / NAMES[2]
+    assert log(alone) == log(swept_run)
+    ours, theirs = (train.open_checkpoint(run)["model"] for run in (alone, swept_run))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_is_finished_or_diverged_is_not_repeated(swept):
+    before = files(swept / "out-sweep")
+    done = call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", cwd=swept)
+    assert (done.returncode, done.stdout) == (0, (swept / "stdout").read_text())
+    assert files(swept / "out-sweep") == before
+
+
+def test_other_settings_than_those_of_the_run_in_the_folder(swept):
+    before = files(swept / "out-sweep")
+    done = call("tiny.py", "--norm=pre,gpas_pre", "--learning_rate=1e-3,1e38", "--weight_decay=0.5", cwd=swept)
+    assert done.returncode == 2
+    assert "weight_decay 0.1, not 0.5; --overwrite" in done.stderr and NAMES[0] in done.stderr
+    assert files(swept / "out-sweep") == before
+
+
+# -- mistakes
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--norm=pre,nope", "norm=nope: unknown norm"),
+        ("--seed=1,,2", "--seed is a list with an empty element: '1,,2'"),
+        ("--seed=1,2,", "empty element"),
+        ("--seed=1,x", "--seed expects int, got 'x'"),
+        ("--seed=1,1", "seed=1 twice"),
+        ("empty.py", "empty.py: seed is an empty list"),
+        ("mixed.py", "mixed.py: seed expects int"),
+        ("--out_dir=a,b", "out_dir is one folder and cannot be a list: 'a,b'"),
+        ("--init_from=a,b --seed=1,2", "init_from is one folder and cannot be a list: 'a,b'"),
+        ("--seed=1,2 --init_from=resume", "leave out init_from=resume"),
+        ("--seed=1,2 --eval_only", "eval_only is for one run"),
+        ("--seed=1,2 --jobs=0", "jobs is 0"),
+        ("--n_head=2,3", "n_head=3: "),
+        ("--dataset=d,missing", "dataset=missing: no data set 'missing'"),
+        ("--block_size=16,1000000", "block_size 1000000 is longer than"),
+        ("--vocab_size=300,5", "vocab_size 5 is smaller than"),
+        ("--device=cpu,cuda:99", "device 'cuda:99' cannot be used"),
+        ("--norm=gpas_pre --seed=1,2 --gates=0.1,0.2,0.3", "--gates=0.1,0.2,0.3: "),
+        ("--seed=1,2 --shard", "shard needs torchrun"),
+    ],
+)
+def test_a_mistake_in_one_combination_is_told_before_any_starts(folder, args, message):
+    (folder / "empty.py").write_text("seed = []\n")
+    (folder / "mixed.py").write_text("seed = [1, 'x']\n")
+    out_dir = [] if "--out_dir" in args else ["--out_dir=never"]
+    done = call("tiny.py", *out_dir, *args.split(), cwd=folder)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (folder / "never").exists()
+
+
+def test_torchrun_is_refused(folder):
+    with mock.patch.object(train, "find_processes", lambda: train.Processes(store=object())):
+        done = call("tiny.py", "--out_dir=never", "--seed=1,2", cwd=folder)
+    assert done.returncode == 2 and "torchrun's processes share one run" in done.stderr
+    assert not (folder / "never").exists()
+
+
+def test_two_jobs_cannot_train_in_one_folder(folder):
+    (folder / "taken").mkdir()
+    with prepare_data.locked(folder / "taken", "here"):
+        done = call("tiny.py", "--out_dir=taken", cwd=folder)
+    assert done.returncode == 2 and "another process is training in taken; wait for it" in done.stderr
+
+
+# -- faults
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_disk_full_in_one_run(folder):
+    run = folder / "full" / "seed=1"
+    run.mkdir(parents=True)
+    (run / "ckpt.pt.partial").symlink_to("/dev/full")
+    args = "tiny.py", "--out_dir=full", "--seed=1,2"
+    done = call(*args, cwd=folder)
+    assert done.returncode == 2 and "1 of 2 runs failed" in done.stderr.splitlines()[-1]
+    assert "failed: cannot save full/seed=1/ckpt.pt: No space left on device" in done.stdout.splitlines()[1]
+    assert steps(folder / "full") == {"seed=2": 4}
+    before = files(folder / "full" / "seed=2")
+    assert call(*args, cwd=folder).returncode == 0
+    assert steps(folder / "full") == {"seed=1": 4, "seed=2": 4} and files(folder / "full" / "seed=2") == before
+
+
+def test_killed_runs_and_sweeps_go_on(folder):
+    """kill -9 of a run, SIGTERM to the sweep, kill -9 of the sweep, and the end of it all."""
+    args = "tiny.py", "--out_dir=killed", "--seed=1,2", "--jobs=2", "--log_interval=5", "--eval_interval=100000000"
+    command = [sys.executable, ROOT / "train.py", *args, "--max_iters=100000000"]
+    runs = [folder / "killed" / f"seed={seed}" for seed in (1, 2)]
+
+    def start():
+        """The sweep, and the process ids of its runs, all at a later step than they were."""
+        before = {run: log(run)[-1]["step"] if run.exists() else 0 for run in runs}
+        sweep = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        later = lambda run: (run / "log.jsonl").exists() and log(run)[-1]["step"] > before[run] + 5
+        wait_for(lambda: all(map(later, runs)), "the runs do not train")
+        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+        rows = [line.split(None, 2) for line in table.splitlines()]
+        of_sweep = {args.split("seed=")[1][0]: int(pid) for pid, parent, args in rows if int(parent) == sweep.pid}
+        return sweep, of_sweep["1"], of_sweep["2"]
+
+    sweep, first, second = start()
+    twice = call(*args, cwd=folder)
+    assert twice.returncode == 2 and "another process is training in killed" in twice.stderr
+    os.kill(first, signal.SIGKILL)
+    line = sweep.stderr.readline()
+    while "failed" not in line:
+        line = sweep.stderr.readline()
+    assert line.split() == "seed=1 failed: killed by SIGKILL".split()
+    sweep.send_signal(signal.SIGTERM)
+    out, _ = sweep.communicate(timeout=180)
+    assert sweep.returncode == 128 + signal.SIGTERM
+    assert "failed: killed by SIGKILL" in out and "not finished" in out and "the same command goes on" in out
+    saved = steps(folder / "killed")
+    assert saved["seed=1"] == 0 and saved["seed=2"] >= 5  # the last checkpoints of the two
+
+    sweep, *processes = start()
+    sweep.kill()
+    sweep.wait()
+    is_alive = lambda pid: Path(f"/proc/{pid}").exists() if Path("/proc").exists() else False
+    wait_for(lambda: not any(map(is_alive, processes)), "the runs go on without their sweep")
+    orphaned = steps(folder / "killed")
+    assert orphaned["seed=1"] > 5 and orphaned["seed=2"] > saved["seed=2"] + 5
+
+    last = max(orphaned.values()) + 3
+    done = call(*args, f"--max_iters={last}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert steps(folder / "killed") == {"seed=1": last, "seed=2": last}
