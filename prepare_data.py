@@ -405,9 +405,10 @@ def write_shards(settings, inputs, source, encoding, partial):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_workers = settings.num_workers or (1 if encoding.name == "byte" or 0 < total < SMALL else cores)
     jobs = read_jobs(inputs, Place(*state["place"]), settings.fields)
+    tokenized = tokenize_all(jobs, encoding, settings.fields, num_workers, (partial, state["tokenizer"]))
     batch, n_bytes, waiting = [], 0, []
     try:
-        for documents, problems, place, consumed in tokenize_all(jobs, encoding, settings.fields, num_workers):
+        for documents, problems, place, consumed in tokenized:
             batch += documents
             n_bytes += sum(document.n_bytes for document in documents)
             for kind, (count, places) in problems.items():
@@ -1057,18 +1058,19 @@ def add_problem(problems, kind, count, places):
     found[1] = (found[1] + places)[:3]
 
 
-def tokenize_all(jobs, encoding, fields, num_workers):
+def tokenize_all(jobs, encoding, fields, num_workers, saved_tokenizer):
     """(Documents, problems, ...) for each (job, ...) in their order, from num_workers processes; one is this process.
 
-    No more than two jobs per process are under way, so that memory does not grow with the corpus.
+    No more than two jobs per process are under way, so that memory does not grow with the corpus. Workers load the
+    tokenizer from its files: `saved_tokenizer` is what load_tokenizer takes.
     """
     if num_workers == 1:
         for job, *rest in jobs:
             yield *tokenize(encoding, fields, job), *rest
         return
     # spawn: a process that begins afresh has neither the threads of this one nor its lock on the folder
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, spawn, begin_worker, (tokenizer_state(encoding), fields))
+    spawn, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    pool = ProcessPoolExecutor(num_workers, spawn, begin_worker, (saved_tokenizer, fields))
     pending = deque()
     try:
         for job, *rest in jobs:
@@ -1078,7 +1080,9 @@ def tokenize_all(jobs, encoding, fields, num_workers):
                 yield *future.result(), *rest
         for future, rest in pending:
             yield *future.result(), *rest
-    except (BrokenProcessPool, BrokenPipeError):
+    except (BrokenProcessPool, OSError):  # the readers of jobs raise UserError
+        for process in set(multiprocessing.active_children()) - set(others):
+            process.kill()  # a broken pool overlooks one that has just started, and would wait for it forever
         reason = 'out of memory, or a script without `if __name__ == "__main__":`?'
         raise UserError(
             f"a worker process ended unexpectedly ({reason}); the same command goes on from where it was"
@@ -1098,13 +1102,13 @@ def submit(pool, job):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def begin_worker(state, fields):
-    """Makes the tokenizer that the worker process uses for all its jobs."""
+def begin_worker(saved_tokenizer, fields):
+    """Loads the tokenizer that the worker process uses for all its jobs."""
     global of_worker
     if hasattr(os, "setsid"):
         os.setsid()  # Linux shares a busy machine among sessions: in one of its own a worker gets a full share
     threading.Thread(target=end_with_parent, daemon=True).start()
-    of_worker = build_encoding(state), fields
+    of_worker = build_encoding(load_tokenizer(*saved_tokenizer)), fields
 
 
 def end_with_parent():

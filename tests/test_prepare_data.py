@@ -722,7 +722,9 @@ def test_a_worker_that_dies(big, tmp_path):
 
 def test_a_script_without_a_main_guard(big, tmp_path):
     """Worker processes import the script that started them; here they would begin the same preparation, and stop."""
-    settings = dict(input=[str(big)], dataset="d", data_dir=str(tmp_path), num_workers=2, **big_settings(big))
+    ranks = [bytes([i]) for i in range(256)] + [i.to_bytes(3, "big") for i in range(10_000)]  # more than a pipe holds
+    (tmp_path / "a.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(ranks)))
+    settings = dict(input=[str(big)], dataset="d", data_dir=str(tmp_path), num_workers=2, tokenizer=str(tmp_path / "a.tiktoken"))
     call = f"prepare_data.prepare(prepare_data.Settings(**{settings!r}))"
     (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport prepare_data\n{call}\n")
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
