@@ -875,7 +875,8 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, w, ends = ctx.saved_tensors
         g = g.contiguous()
-        return grouped_product(g, w.transpose(1, 2), ends), grouped_outer(g, x, ends, w), None
+        # apply, not grouped_product: so it can be derived by g once more
+        return GroupedLinear.apply(g, w.transpose(1, 2), ends), grouped_outer(g, x, ends, w), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -415,10 +415,10 @@ def test_attention_weights_by_hand():
     assert visible.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
 
 
-@pytest.mark.parametrize("norm", ["pre", "gpas_peri"])
-def test_end_to_end(norm):
+@pytest.mark.parametrize("options", [dict(norm="pre"), dict(norm="gpas_peri"), *MOE])
+def test_end_to_end(options):
     """Against the singular values of the whole Jacobian, by one backward pass for each of its rows."""
-    model = build(norm, n_layer=2).double()
+    model = build(**options, n_layer=2).double()
     for gate in model.gates():
         nn.init.constant_(gate, 0.3)
     batches, expected = [(torch.randint(0, 17, (2, 5)), None)], []
