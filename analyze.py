@@ -1112,15 +1112,12 @@ def analyze_run(out_dir, folder, settings, device):
     return result
 
 
-def weight_ratios(results):
-    """Norms of the weights over the first run's, {run: {"attn": (L), "mlp": (L)}}, where both have as many layers (GPAS
-    Figure 6)."""
-    runs = [(name, r["weights"]) for name, r in results.items() if "weights" in r]
-    return {
-        name: {part: (r[f"{part}_norm"] / runs[0][1][f"{part}_norm"]).cpu() for part in ("attn", "mlp")}
-        for name, r in runs[1:]
-        if len(r["attn_norm"]) == len(runs[0][1]["attn_norm"])
-    }
+def weight_ratio(result, first):
+    """Norms of a run's weights over the first run's, {"attn": (L), "mlp": (L)} (GPAS Figure 6), or {} where they have
+    different numbers of layers."""
+    if "weights" not in result or result["run"]["n_layer"] != first["run"]["n_layer"]:
+        return {}
+    return {part: result["weights"][f"{part}_norm"] / first["weights"][f"{part}_norm"] for part in ("attn", "mlp")}
 
 
 IMAGES = "maps", "matrices"  # too large for text: they are in the figures
@@ -1621,7 +1618,7 @@ def main():
     try:
         device = find_device(settings.device)
         torch.empty(1, device=device, dtype=torch.float64)
-    except (ValueError, TypeError) as error:  # TypeError: Apple's GPUs have no float64
+    except (ValueError, RuntimeError, TypeError) as error:  # TypeError: Apple's GPUs have no float64
         raise UserError(f"{str(error).splitlines()[0]} (--device={settings.device})") from None
     if settings.choices:
         read_questions(settings.choices)
@@ -1645,12 +1642,12 @@ def main():
 
     names = [Path(out_dir).name for out_dir in settings.out_dirs]
     names = settings.out_dirs if len(set(names)) < len(names) else names
-    results = {}
+    results, ratios = {}, {}
     for name, out_dir in zip(names, settings.out_dirs):
         results[name] = analyze_run(out_dir, data[out_dir], settings, device)
-        ratios = weight_ratios(results)
-        for part, ratio in ratios.get(name, {}).items():
-            results[name]["weights"][f"{part}_norm_ratio"] = ratio
+        if name != names[0] and (ratio := weight_ratio(results[name], results[names[0]])):
+            ratios[name] = ratio
+            results[name]["weights"].update({f"{part}_norm_ratio": values for part, values in ratio.items()})
         print_run(results[name])
     print_totals(results)
     content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": ratios}
