@@ -1371,7 +1371,7 @@ MAY_DIFFER += "sample_tokens temperature top_k wandb tensorboard peak_tflops".sp
 class Trial:
     """One combination of a sweep: a run in a folder of its own."""
 
-    name: str  # what sets it apart, "norm=pre,seed=1"
+    name: str  # what sets it apart: norm=pre,seed=1
     folder: Path
     given: dict  # settings, as train.py takes them
     settings: Settings
@@ -1392,7 +1392,7 @@ class Trial:
             newest = max(paths, key=os.path.getmtime, default=None)
             is_its = newest and os.path.getmtime(newest) >= self.started
             records = read_log(newest) if is_its else []
-        except FileNotFoundError:  # it has just changed its name
+        except (FileNotFoundError, UserError):  # it has just changed its name, or is damaged: then the run itself says so
             return
         for record in records:
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)

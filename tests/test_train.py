@@ -354,7 +354,8 @@ def test_a_non_finite_value_is_traced_to_its_layer(folder, tmp_path):
         assert done.returncode == 2 and "at step 6, lr" in done.stderr and "2 such steps in a row" in done.stderr
         assert place in done.stderr and "ckpt.pt is from step 4" in done.stderr and len(done.stderr.splitlines()) == 1
         assert (tmp_path / "ckpt.pt").read_bytes() == before
-        assert read_log(tmp_path / "log.jsonl")[-1]["skipped"] == 1
+        skip, end = read_log(tmp_path / "log.jsonl")[-2:]
+        assert skip["skipped"] == 1 and end["step"] == 6 and place in end["diverged"]
 
 
 def test_a_passing_non_finite_value_is_skipped(folder, tmp_path):
