@@ -3,7 +3,7 @@
 This file owns the shard format (its writer and its memory-mapped reader) and the tokenizers. A data set is a folder:
 
     data/NAME/train_000000.bin ...   256 int32 of header (magic, version, number of tokens), then the tokens
-    data/NAME/train_000000.mask ...  only with --prompt_field: a byte a token, 0 where it is a prompt's, without loss
+    data/NAME/train_000000.mask ...  only with prompts: a byte a token, 0 where it is a prompt's, without loss
     data/NAME/val_000000.bin ...     the same for the held-out documents
     data/NAME/meta.json              the manifest: tokenizer, vocabulary size, source, counts, checksums
     data/NAME/tokenizer.tiktoken     the tokenizer's ranks, or tokenizer.json; neither for the byte-level one
@@ -65,8 +65,9 @@ class Settings:
     dataset: str | None = None  # name of the data set or of a hub corpus; none: the first input's, or stdlib
     input: list[str] = field(default_factory=list)  # files, folders, globs, https:, hub:OWNER/NAME[:CONFIG[:SPLIT]], -
     stdin_format: Literal["text", "jsonl"] = "text"  # of standard input, --input=-
-    text_field: str = "text"  # jsonl, parquet and hub: the field that holds the text
-    prompt_field: str = ""  # the field of a prompt before the text; the prompt's tokens carry no loss
+    shape: Literal["text", "instruction", "turns"] | None = None  # of a jsonl, parquet or hub row (SHAPES); none: text
+    text_field: str = ""  # the field that holds the text; none: text, output or conversations, by shape
+    prompt_field: str = ""  # shape=text: the field of a prompt before the text; the prompt's tokens carry no loss
     tokenizer: str = "byte"  # byte, tiktoken's gpt2 ..., bpe:N (trained here), PATH.tiktoken, PATH.json, or a data set
     eot_token: str = ""  # tokenizer.json: its token between documents; none: the usual ones are tried
     bpe_sample: COUNT = 64_000_000  # bytes of text on which bpe:N is trained
@@ -91,6 +92,11 @@ class Settings:
             self.dataset = Path(first).stem or Path(first).resolve().name
         if not re.fullmatch(r"\w[\w.-]*", self.dataset):
             raise ValueError(f"dataset {self.dataset!r} is not a plain name; give one with --dataset=NAME")
+        if self.shape is None:
+            is_corpus = self.dataset in CORPORA and not self.input
+            self.shape = CORPORA[self.dataset][1] if is_corpus else "text"
+        if self.prompt_field and self.shape != "text":
+            raise ValueError(f"prompt_field goes with shape=text; shape={self.shape} has prompts of its own")
         if self.val_fraction is None:  # the standard library has few files, and comparing runs needs half a megabyte
             self.val_fraction = 0.05 if self.dataset == "stdlib" and not self.input else 0.01
         if self.tokenizer.startswith("bpe:"):
@@ -100,8 +106,11 @@ class Settings:
 
     @property
     def fields(self):
-        """Names of a document's parts in jsonl, parquet and hub rows: the text, or a prompt and the text."""
-        return [self.prompt_field, self.text_field] if self.prompt_field else [self.text_field]
+        """Names of the fields of a jsonl, parquet or hub row of which its document is made; the text's is the last."""
+        *others, text_field = SHAPES[self.shape][0]
+        if self.prompt_field:
+            others = [self.prompt_field]
+        return [*others, self.text_field or text_field]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,14 +261,21 @@ def find_data(dataset, data_dir, split):
 
 
 class TokenData:
-    """Windows of block_size + 1 tokens of one split of a data set folder.
+    """Rows of block_size + 1 tokens of one split of a data set folder: windows or documents.
+
+    Windows follow each other, wherever documents begin and end; the last token of one is the first of the next.
+    Documents (of prompts and texts: examples) have a row each. It begins with end-of-text, and ends with it where the
+    document is short enough; longer ones are cut, shorter ones padded at the right, without loss. Attention is causal,
+    so that no token sees the padding or another document.
 
     Row i of training is a pure function of (seed, i): epoch i // len(self), in which a permutation of its own visits
-    each window once. Nothing is held but the memory maps, and any row can be had at once.
+    each window or document once. Nothing is held but the memory maps, and 8 bytes for each document where they are
+    the rows (one pass over the shards finds them, when they are opened); any row can be had at once.
     """
 
-    def __init__(self, folder, split, block_size, vocab_size, seed=0):
-        """UserError for a folder without such shards, with others than its manifest lists, or without a whole window.
+    def __init__(self, folder, split, block_size, vocab_size, seed=0, rows="windows"):
+        """UserError for a folder without such shards, with others than its manifest lists, without a whole window, or
+        without documents that can be told apart.
 
         Checksums are compared here up to CHECKED bytes of a split; `prepare_data.py --verify` does it for any size.
         """
@@ -269,12 +285,25 @@ class TokenData:
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.shards = [open_shard(path) for path in self.paths]
         self.masks = [open_mask(path, tokens) for path, tokens in zip(self.paths, self.shards)]
+        self.offsets = np.cumsum([0, *map(len, self.shards)])  # of each shard in the split, and the split's end
         meta = read_meta(folder)
         if meta:
             is_small = sum(tokens.nbytes for tokens in self.shards) <= CHECKED
             faults = shard_faults(folder, split, meta, with_checksums=is_small)
             if faults:
                 raise UserError(f"{faults[0]}; the data cannot be trusted, prepare them again")
+        self.starts = None  # of the documents, where they are the rows
+        if rows == "documents":
+            if not meta:
+                raise UserError(
+                    f"rows=documents needs the end-of-text token, and {folder} has no meta.json that names it: "
+                    "python prepare_data.py --adopt --tokenizer=NAME writes one"
+                )
+            self.eot = build_encoding(meta["tokenizer"]).eot_token
+            self.starts = document_starts(self.shards, self.eot)
+            if not len(self.starts):
+                raise UserError(f"the {split} data in {folder} have no document: no text follows an end-of-text token")
+            return
         # windows of all shards up to and with each; none crosses from one shard into the next
         self.ends = np.cumsum([max(0, (len(tokens) - 1) // block_size) for tokens in self.shards])
         if not self.ends[-1]:
@@ -284,33 +313,71 @@ class TokenData:
             )
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.ends[-1]) if self.starts is None else len(self.starts)
 
     def rows(self, first, n):
         """Rows first ... first + n - 1: inputs and targets, int64 (n, block_size); a target without loss is -100."""
-        x = np.empty((n, self.block_size), dtype=np.int64)
-        y = np.empty((n, self.block_size), dtype=np.int64)
+        x = np.zeros((n, self.block_size), dtype=np.int64)  # the padding is token 0: none sees it
+        y = np.full((n, self.block_size), -100, dtype=np.int64)
         for i in range(n):
-            shard, start = self.find_window(first + i)
-            end = start + self.block_size + 1
-            tokens, mask = np.asarray(self.shards[shard][start:end]), self.masks[shard]  # plain arrays are faster
+            tokens, mask = self.read(self.find_row(first + i))
+            if self.starts is not None:
+                tokens, mask = self.cut_document(tokens, mask)
+            length = len(tokens) - 1
+            x[i, :length], y[i, :length] = tokens[:-1], tokens[1:]
+            y[i, :length][mask[1:] == 0] = -100
+        return x, y
+
+    def find_row(self, i):
+        """Place in the split (its shards one after the other) of the first token of row i."""
+        epoch, place = divmod(i, len(self))
+        row = permute(place, len(self), key=f"{self.seed} {epoch}".encode())
+        if self.starts is not None:
+            return int(self.starts[row])
+        shard = int(np.searchsorted(self.ends, row, side="right"))
+        before = int(self.ends[shard - 1]) if shard else 0
+        return int(self.offsets[shard]) + (row - before) * self.block_size
+
+    def read(self, start):
+        """The block_size + 1 tokens of the split from `start` on (fewer at its end), and their mask."""
+        end = min(start + self.block_size + 1, int(self.offsets[-1]))
+        shard, parts, masks = int(np.searchsorted(self.offsets, start, side="right")) - 1, [], []
+        while start < end:
+            place = start - int(self.offsets[shard])
+            tokens = np.asarray(self.shards[shard][place : place + end - start])  # a plain array is faster
             if tokens.max() >= self.vocab_size:
                 raise UserError(
                     f"shard {self.paths[shard]} holds token {tokens.max()}: "
                     f"it does not fit the vocabulary of {self.vocab_size}"
                 )
-            x[i], y[i] = tokens[:-1], tokens[1:]
-            if mask is not None:
-                y[i, np.asarray(mask[start + 1 : end]) == 0] = -100
-        return x, y
+            parts.append(tokens)
+            mask = self.masks[shard]
+            masks.append(np.ones(len(tokens), np.uint8) if mask is None else mask[place : place + len(tokens)])
+            start, shard = start + len(tokens), shard + 1
+        return np.concatenate(parts), np.concatenate(masks)
 
-    def find_window(self, i):
-        """(number of the shard, place of the first token in it) of row i."""
-        epoch, place = divmod(i, len(self))
-        window = permute(place, len(self), key=f"{self.seed} {epoch}".encode())
-        shard = int(np.searchsorted(self.ends, window, side="right"))
-        before = int(self.ends[shard - 1]) if shard else 0
-        return shard, (window - before) * self.block_size
+    def cut_document(self, tokens, mask):
+        """The tokens and their mask up to the next end-of-text, which is the last target: so a model learns to stop.
+        The split's last document gets one too."""
+        if len(tokens) <= self.block_size:
+            tokens, mask = np.append(tokens, self.eot), np.append(mask, 1)
+        ends = np.flatnonzero(tokens[1:] == self.eot)
+        length = ends[0] + 2 if len(ends) else len(tokens)
+        return tokens[:length], mask[:length]
+
+
+def document_starts(shards, eot):
+    """Places in a split (its shards one after the other) of the end-of-text tokens that begin a document: int64. What
+    has no text before the next one is no document."""
+    starts, offset, was_end = [np.empty(0, np.int64)], 0, False
+    for tokens in shards:
+        for start in range(0, len(tokens), JOB):
+            is_end = np.asarray(tokens[start : start + JOB]) == eot
+            is_first = ~is_end & np.append(was_end, is_end[:-1])  # the first token of a text
+            starts.append(offset + start + np.flatnonzero(is_first) - 1)
+            was_end = is_end[-1]
+        offset += len(tokens)
+    return np.concatenate(starts)
 
 
 def permute(i, n, key):
@@ -405,7 +472,7 @@ def write_shards(settings, inputs, source, encoding, partial):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_workers = settings.num_workers or (1 if encoding.name == "byte" or 0 < total < SMALL else cores)
     jobs = read_jobs(inputs, Place(*state["place"]), settings.fields)
-    tokenized = tokenize_all(jobs, encoding, settings.fields, num_workers, (partial, state["tokenizer"]))
+    tokenized = tokenize_all(jobs, encoding, settings, num_workers, (partial, state["tokenizer"]))
     batch, n_bytes, waiting = [], 0, []
     try:
         for documents, problems, place, consumed in tokenized:
@@ -621,14 +688,18 @@ class Progress:
 SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 KNOWN = f"{', '.join(SUFFIXES)}, compressed as {', '.join(COMPRESSIONS)}"
-CORPORA = {  # --dataset=NAME without input
-    "fineweb_edu": "hub:HuggingFaceFW/fineweb-edu:sample-10BT",
-    "fineweb": "hub:HuggingFaceFW/fineweb:sample-10BT",
-    "c4": "hub:allenai/c4:en",
-    "dclm": "hub:mlfoundations/dclm-baseline-1.0",
-    "wikitext": "hub:Salesforce/wikitext:wikitext-103-raw-v1",
-    "tinystories": "hub:roneneldan/TinyStories",
-    "tinyshakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+CORPORA = {  # --dataset=NAME without input: the input, and the shape of its rows
+    "fineweb_edu": ("hub:HuggingFaceFW/fineweb-edu:sample-10BT", "text"),
+    "fineweb": ("hub:HuggingFaceFW/fineweb:sample-10BT", "text"),
+    "c4": ("hub:allenai/c4:en", "text"),
+    "dclm": ("hub:mlfoundations/dclm-baseline-1.0", "text"),
+    "wikitext": ("hub:Salesforce/wikitext:wikitext-103-raw-v1", "text"),
+    "tinystories": ("hub:roneneldan/TinyStories", "text"),
+    "tinyshakespeare": (TINY_SHAKESPEARE, "text"),
+    # For these two only files of the same form were tried here. lima asks for a login to the hub.
+    "commonsense170k": ("hub:zwhe99/commonsense_170k", "instruction"),
+    "lima": ("hub:GAIR/lima", "turns"),
 }
 
 
@@ -649,11 +720,12 @@ def find_inputs(settings):
         if settings.dataset not in CORPORA:
             known = f"known: stdlib, {', '.join(CORPORA)}, or give local text with --input=PATH"
             raise UserError(f"unknown dataset {settings.dataset!r}; {known}")
-        source = [CORPORA[settings.dataset]]
+        source = [CORPORA[settings.dataset][0]]
     inputs = find_files(source, settings.stdin_format)
     texts = [i.path for i in inputs if i.kind == "text"]
-    if settings.prompt_field and texts:
-        raise UserError(f"prompt_field needs jsonl, parquet or hub rows; {texts[0]} is plain text")
+    if texts and (settings.prompt_field or settings.shape != "text"):
+        what = "prompt_field" if settings.prompt_field else f"shape {settings.shape}"
+        raise UserError(f"{what} needs jsonl, parquet or hub rows; {texts[0]} is plain text")
     return inputs, source
 
 
@@ -906,7 +978,7 @@ def read_jobs(inputs, place, fields):
                 job.append((source.kind, source.path, place.line, data))
                 place = after
                 if isinstance(data, list):
-                    size += sum(len(value) for row in data for value in row if isinstance(value, str))
+                    size += sum(len(str(value)) for row in data for value in row)
                 else:
                     size += len(data)
                 if size >= JOB // 2:
@@ -921,15 +993,64 @@ def read_jobs(inputs, place, fields):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From pieces to documents: their text as bytes, (text,) or (prompt, text). Bytes that are not UTF-8 stay as they are.
-# The functions yield (values, problem, place): values None for what is no document, else problem None if all is well;
-# place is path:line or path:row, or the path alone.
+# From pieces to documents: their text as bytes, (text,), (prompt, text), or more turns as (prompt, text, prompt, text).
+# Bytes that are not UTF-8 stay as they are. The functions yield (values, problem, place): values None for what is no
+# document, else problem None if all is well; place is path:line or path:row, or the path alone.
 
 MAX_DOCUMENT = 1 << 16  # bytes: longer texts are cut, so that a single file still has a held-out part
 
 
-def read_documents(job, fields):
+BLANK_LINE = "\n\n"
+ASSISTANT = ("assistant", "gpt", "model")  # names of its role
+
+
+def join_instruction(instruction, input, output):
+    """(prompt, text) of a row of Alpaca's form: the instruction and the input, if there is one, each with a blank line
+    after it; then the output."""
+    prompt = instruction + BLANK_LINE
+    if input:
+        prompt += input + BLANK_LINE
+    return prompt, output
+
+
+def join_turns(turns):
+    """(prompt, text, prompt, text ...) of a conversation: one document, in which the assistant's turns carry the loss,
+    each after all turns before it. A blank line ends each turn but the last.
+
+    A turn is {"role", "content"}, {"from", "value"}, or a text; texts are the user's and the assistant's by turns. What
+    others say (the system, a tool) is prompt, and what nobody answers is left out. ValueError, KeyError or TypeError
+    for anything else.
+    """
+    if not isinstance(turns, list):
+        raise TypeError("no list")
+    parts = [""]
+    for i, turn in enumerate(turns):
+        role, text = ("user", "assistant")[i % 2], turn
+        if isinstance(turn, dict):
+            role, text = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+        is_prompt, was_prompt = role not in ASSISTANT, len(parts) % 2 == 1
+        if is_prompt != was_prompt:
+            parts.append("")
+        parts[-1] += text + BLANK_LINE
+    if len(parts) % 2 == 1:  # the last was not answered
+        parts.pop()
+    if not parts:
+        raise ValueError("no turn of the assistant")
+    parts[-1] = parts[-1].removesuffix(BLANK_LINE)
+    return parts
+
+
+# --shape: the fields of a row, that of the text last, and what makes the parts of a document of their values.
+SHAPES = {
+    "text": (["text"], lambda *values: values),
+    "instruction": (["instruction", "input", "output"], join_instruction),
+    "turns": (["conversations"], join_turns),
+}
+
+
+def read_documents(job, settings):
     """The documents of a job's pieces, from whichever kind of input they are."""
+    fields = settings.fields
     for kind, path, line, data in job:
         if kind == "text":
             yield from text_documents(path, line, data)
@@ -938,9 +1059,9 @@ def read_documents(job, fields):
             if not lines[-1]:  # what follows the last line's end is no line
                 lines.pop()
             rows = (parse_json(text, fields) for text in lines)
-            yield from row_documents(path, line, rows, fields, "no JSON object with a text")
+            yield from row_documents(path, line, rows, settings, "no JSON object with a text")
         else:
-            yield from row_documents(path, line, data, fields, "no text")
+            yield from row_documents(path, line, data, settings, "no text")
 
 
 def text_documents(path, line, data):
@@ -957,20 +1078,28 @@ def text_documents(path, line, data):
         start += len(text)
 
 
-def row_documents(path, line, rows, fields, what):
-    """`what` is wrong with a row that is None or has other than text in one of the fields."""
+def row_documents(path, line, rows, settings, what):
+    """The documents of rows, each the values of settings.fields, "" for a blank line, or None for what is no row;
+    `what` is the problem of a row without a text."""
+    make_parts = SHAPES[settings.shape][1]
+    if settings.shape != "text":
+        what = f"no row of shape {settings.shape}:"
     for i, row in enumerate(rows, line):
         place, problem = f"{path}:{i}", None
-        if row is None or not all(isinstance(value, str) for value in row):
-            yield None, f"{what} {' and '.join(map(repr, fields))}", place
+        try:
+            parts = [""] if row == "" else make_parts(*row)
+        except (ValueError, KeyError, TypeError):
+            parts = [None]
+        if not all(isinstance(part, str) for part in parts):
+            yield None, f"{what} {' and '.join(map(repr, settings.fields))}", place
             continue
-        if not row[-1].strip():
+        if not parts[-1].strip():
             yield None, "empty", place
             continue
         try:
-            values = tuple(value.encode() for value in row)
+            values = tuple(part.encode() for part in parts)
         except UnicodeEncodeError:
-            values, problem = tuple(map(to_bytes, row)), "undecodable"
+            values, problem = tuple(map(to_bytes, parts)), "undecodable"
         if len(values) > 1:  # a prompt and its text stay together
             yield values, problem, place
             continue
@@ -980,9 +1109,9 @@ def row_documents(path, line, rows, fields, what):
 
 
 def parse_json(line, fields):
-    """The fields of a line of jsonl; [""] for a blank one, None if it is not an object that has them."""
+    """The fields of a line of jsonl; "" for a blank one, None if it is not an object that has them."""
     if not line.strip():
-        return [""]
+        return ""
     try:
         row = json.loads(line.decode(errors="surrogateescape"))
         return [row[name] for name in fields]
@@ -1023,14 +1152,14 @@ def is_held_out(hashes, val_fraction):
 class Document(NamedTuple):
     tokens: np.ndarray  # the end-of-text token, then those of the prompt and of the text
     mask: np.ndarray | None  # uint8 beside them, in a data set of prompts: 0 for a prompt's
-    n_bytes: int  # of prompt and text
+    n_bytes: int  # of prompts and texts
     hash: int
 
 
-def tokenize(encoding, fields, job):
+def tokenize(encoding, settings, job):
     """(the Documents of a job, its problems as {kind: [count, the first places]}); any process may do it."""
     documents, problems = [], {}
-    for values, problem, place in read_documents(job, fields):
+    for values, problem, place in read_documents(job, settings):
         if problem:
             add_problem(problems, problem, 1, [place])
         if values is None:
@@ -1043,12 +1172,11 @@ def tokenize(encoding, fields, job):
 
 
 def make_document(encoding, ids, values):
-    """The Document of a text, or of a prompt and a text: their token ids and their bytes."""
+    """The Document of a text, or of prompts and texts by turns: their token ids and their bytes."""
     _, _, dtype = shard_format(encoding.n_vocab)
     tokens, mask = np.concatenate([[encoding.eot_token], *ids], dtype=dtype, casting="unsafe"), None
     if len(ids) > 1:
-        mask = np.ones(len(tokens), dtype=np.uint8)
-        mask[1 : 1 + len(ids[0])] = 0
+        mask = np.concatenate([[1], *(np.full(len(part), i % 2) for i, part in enumerate(ids))]).astype(np.uint8)
     return Document(tokens, mask, sum(map(len, values)), document_hash(values))
 
 
@@ -1058,7 +1186,7 @@ def add_problem(problems, kind, count, places):
     found[1] = (found[1] + places)[:3]
 
 
-def tokenize_all(jobs, encoding, fields, num_workers, saved_tokenizer):
+def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
     """(Documents, problems, ...) for each (job, ...) in their order, from num_workers processes; one is this process.
 
     No more than two jobs per process are under way, so that memory does not grow with the corpus. Workers load the
@@ -1066,11 +1194,11 @@ def tokenize_all(jobs, encoding, fields, num_workers, saved_tokenizer):
     """
     if num_workers == 1:
         for job, *rest in jobs:
-            yield *tokenize(encoding, fields, job), *rest
+            yield *tokenize(encoding, settings, job), *rest
         return
     # spawn: a process that begins afresh has neither the threads of this one nor its lock on the folder
     spawn, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    pool = ProcessPoolExecutor(num_workers, spawn, begin_worker, (saved_tokenizer, fields))
+    pool = ProcessPoolExecutor(num_workers, spawn, begin_worker, (saved_tokenizer, settings))
     pending = deque()
     try:
         for job, *rest in jobs:
@@ -1102,13 +1230,13 @@ def submit(pool, job):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def begin_worker(saved_tokenizer, fields):
+def begin_worker(saved_tokenizer, settings):
     """Loads the tokenizer that the worker process uses for all its jobs."""
     global of_worker
     if hasattr(os, "setsid"):
         os.setsid()  # Linux shares a busy machine among sessions: in one of its own a worker gets a full share
     threading.Thread(target=end_with_parent, daemon=True).start()
-    of_worker = build_encoding(load_tokenizer(*saved_tokenizer)), fields
+    of_worker = build_encoding(load_tokenizer(*saved_tokenizer)), settings
 
 
 def end_with_parent():
@@ -1226,7 +1354,7 @@ def sample_texts(inputs, settings):
     for source in random.Random(settings.seed).sample(inputs, len(inputs)):
         enough = min(total + share, settings.bpe_sample)
         for job, _, _ in read_jobs([source], Place(), settings.fields):
-            for values, _, _ in read_documents(job, settings.fields):
+            for values, _, _ in read_documents(job, settings):
                 if values and not is_held_out(np.uint64(document_hash(values)), settings.val_fraction):
                     yield b"\n".join(values).decode(errors="replace")
                     total += sum(map(len, values))

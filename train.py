@@ -90,11 +90,13 @@ class Settings(GPTConfig):
     # data
     dataset: str = "stdlib"  # a folder in data_dir, or a path
     data_dir: str = "data"  # where prepare_data.py puts data sets
+    rows: Literal["windows", "documents"] = "windows"  # what a sequence is; documents: one, cut or padded without loss
     batch_size: COUNT = 8  # sequences per process and micro-step
     gradient_accumulation_steps: COUNT = 2  # micro-steps per step, of the whole job: the processes share them
     # optimization: linear warm-up, cosine decay
-    max_iters: NATURAL | None = None  # steps; none: as many as max_tokens holds, 280 without it
-    max_tokens: NATURAL | None = None  # length of the run in tokens, where max_iters is not given
+    max_iters: NATURAL | None = None  # steps; none: as many as epochs hold, else max_tokens, else 280
+    epochs: Annotated[float, (1e-6, 1e6)] | None = None  # passes over the training data, where max_iters is not given
+    max_tokens: NATURAL | None = None  # tokens (padding too), where neither max_iters nor epochs is given
     optimizer: Annotated[str, OPTIMIZERS] = "adamw"  # a row of OPTIMIZERS in train.py
     learning_rate: NOT_NEGATIVE = 4e-3  # at its highest
     min_lr: NOT_NEGATIVE | None = None  # at the end of the decay; none: a tenth of learning_rate
@@ -136,7 +138,7 @@ class Settings(GPTConfig):
         super().__post_init__()
         is_tuning, has_gates = self.init_from not in ("scratch", "resume"), find_scheme(self.norm)[1]
         self.out_dir = self.out_dir or f"out-{self.norm}" + "-finetuned" * is_tuning
-        if self.max_iters is None:
+        if self.max_iters is None and self.epochs is None:  # the steps of epochs are known once the data are open
             tokens = self.batch_size * self.gradient_accumulation_steps * self.block_size
             self.max_iters = 280 if self.max_tokens is None else max(1, round(self.max_tokens / tokens))
         if self.freeze_gates is None:
@@ -209,13 +211,14 @@ def train(checkpoint, changes, data, setup, stop):
 
     start_step = step = resumed["step"] if resumed else 0
     skipped, val_loss = (resumed.get("skipped", 0), resumed.get("val_loss")) if resumed else (0, None)
+    tokens = resumed.get("tokens", 0) if resumed else 0  # targets that were trained on: neither padding nor prompts
     folder.begin_log(resumed, changes)
     times, meter = Times(), RateMeter(model, setup, start_step)
     report, report_batch = {}, get_batch(data.val, 0, min(8, len(data.val)), setup.device)
 
     def save():
         with times("checkpoints"):
-            folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped)
+            folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
 
     def evaluate_and_save():
         nonlocal val_loss, report
@@ -236,7 +239,7 @@ def train(checkpoint, changes, data, setup, stop):
             print(f"step {step:5d}: {text}")
             if processes.rank == 0 or settings.shard:
                 report = stream_report(model, *report_batch[:2], autocast)
-            folder.log({"step": step, **record, **report})
+            folder.log({"step": step, "tokens": tokens, **record, **report})
         save()
 
     # -- the loop
@@ -272,6 +275,7 @@ def train(checkpoint, changes, data, setup, stop):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step, skipped, is_stopping = step + 1, 0 if is_finite else skipped + 1, n_stops > 0
+        tokens += int(n_targets)
 
         if not is_finite:
             what = f"loss is {loss}, gradient norm {grad_norm} at step {step}, lr {lr:.2e}"
@@ -283,7 +287,7 @@ def train(checkpoint, changes, data, setup, stop):
         elif step % settings.log_interval == 0:
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_grad_norms": layer_norms}
             record |= {"gate_grad_norm": gate_norm} if gates else {}
-            folder.log(record | auxiliary_losses(model) | meter.read(record, times))
+            folder.log(record | {"tokens": tokens} | auxiliary_losses(model) | meter.read(record, times))
         if setup.use_compile and step == start_step + 1:
             print(f"the first step took {clock(times.spent['compilation'])}, with compilation")
         if is_due(step, settings):
@@ -304,11 +308,12 @@ def train(checkpoint, changes, data, setup, stop):
 def describe_model(model, data, setup):
     count, config = model.count_params(), data.config
     n = setup.processes.size
+    rows = {"windows": "windows of", "documents": "documents of up to"}[setup.settings.rows]
     device = f"{n} x {setup.device.type}" if n > 1 else setup.device
     return (
         f"{config.norm}: {config.n_layer} layers x {config.n_embd}, {count['total']:,} parameters "
         f"({count['active']:,} active, {count['non_embedding']:,} without embedding and head), "
-        f"{setup.dtype} on {device}, {len(data.train):,} windows of {config.block_size} tokens in {data.folder}"
+        f"{setup.dtype} on {device}, {len(data.train):,} {rows} {config.block_size} tokens in {data.folder}"
     )
 
 
@@ -392,8 +397,8 @@ def settings_of_run(given):
         for name in ("gates", "optimizer"):
             if name in given and given[name] != of_run.get(name, Settings.__dataclass_fields__[name].default):
                 raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
-        if "max_tokens" in given and "max_iters" not in given:
-            of_run.pop("max_iters", None)
+        if "max_iters" not in given and ("epochs" in given or "max_tokens" in given):
+            of_run = {n: v for n, v in of_run.items() if n not in ("max_iters", "epochs")}
     differ = [n for n in checkpoint["config"] if n in given and given[n] != of_run[n]]
     if is_tuning:  # no weight depends on the length
         differ = [n for n in differ if n != "block_size"]
@@ -413,8 +418,9 @@ def open_checkpoint(path):
         sizes = checkpoint.get("shards", {})
         if not all(isinstance(name, str) and type(size) is int for name, size in sizes.items()):
             raise ValueError("its shards are not sizes by name")
-        if type(checkpoint.get("skipped", 0)) is not int or type(checkpoint.get("val_loss")) not in (float, type(None)):
-            raise ValueError("its skipped or its val_loss is not a number")
+        counts = [checkpoint.get("skipped", 0), checkpoint.get("tokens", 0)]
+        if {*map(type, counts)} != {int} or type(checkpoint.get("val_loss")) not in (float, type(None)):
+            raise ValueError("its skipped, its tokens or its val_loss is not a number")
         if checkpoint["tokenizer"] is not None:
             prepare_data.build_encoding(checkpoint["tokenizer"])
     except Exception as error:  # an edited file can hold anything
@@ -544,8 +550,10 @@ def open_data(checkpoint, setup):
     if is_new:
         check_out_dir(settings)
 
-    train_data = TokenData(folder, "train", config.block_size, config.vocab_size, settings.seed)
-    val_data = TokenData(folder, "val", config.block_size, config.vocab_size)
+    train_data = TokenData(folder, "train", config.block_size, config.vocab_size, settings.seed, settings.rows)
+    val_data = TokenData(folder, "val", config.block_size, config.vocab_size, rows=settings.rows)
+    if settings.max_iters is None:
+        settings.max_iters = count_steps(settings, len(train_data))
     sizes = {path: os.path.getsize(path) for part in (train_data, val_data) for path in part.paths}
     if settings.init_from == "resume" and settings.dataset == checkpoint["settings"].get("dataset"):
         check_shards({folder / name: size for name, size in checkpoint.get("shards", {}).items()})
@@ -564,6 +572,12 @@ def find_data(settings):
             raise
     print("preparing the default data set, this machine's Python standard library")
     return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
+
+
+def count_steps(settings, n_rows):
+    """The steps of settings.epochs passes over n_rows rows; the last step may begin another pass."""
+    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
+    return max(1, math.ceil(round(settings.epochs * n_rows / rows_per_step, 6)))
 
 
 def check_shards(sizes):
@@ -1293,9 +1307,13 @@ def errors_told_once(processes):
 
 def plan(settings):
     """What a run would be, as text: the model's size, its tokens, steps and FLOPs, and the memory of each GPU, from a
-    model on the meta device."""
+    model on the meta device. Only epochs need the data, to count them."""
     known = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
     known["vocab_size"] = settings.vocab_size or prepare_data.byte_encoding().n_vocab
+    if settings.max_iters is None:
+        folder = prepare_data.find_data(settings.dataset, settings.data_dir, "train")
+        data = TokenData(folder, "train", settings.block_size, known["vocab_size"], rows=settings.rows)
+        settings.max_iters = count_steps(settings, len(data))
     with torch.device("meta"):
         model = GPT(GPTConfig(**known))
     count, G = model.count_params(), 1e9
@@ -1304,8 +1322,8 @@ def plan(settings):
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
     tokens = tokens_per_step * settings.max_iters
     one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
-    # Float32 throughout: the weight, its gradient and AdamW's two moments.
-    state = 16 * count["total"] / (settings.gpus if settings.shard else 1)
+    # The weight, its gradient and AdamW's two moments, in float32 unless weights are bfloat16.
+    state = (8 if settings.dtype == "bfloat16_pure" else 16) * count["total"] / (settings.gpus if settings.shard else 1)
     activations = activation_bytes(model, settings)
     return "\n".join(
         [

@@ -34,13 +34,14 @@
 
 gpas.py, peri.py and sparsity.py hold what the runs of a paper share, and say which numbers are the paper's, which are
 from its published code, and which are inferred. More settings change any run, and --dry_run prints its size, tokens,
-FLOPs and memory; runs of one placement need an --out_dir each. The length of a run is max_iters in steps or max_tokens
-in tokens. A batch is batch_size x gradient_accumulation_steps sequences, whatever the number of processes: where it
-does not fit in memory, divide the first and multiply the second by the same number. LNS's runs of OLMo have no preset:
-neither their shapes nor their schedules are in the paper.
+FLOPs and memory; runs of one placement need an --out_dir each. The length of a run is max_iters in steps, epochs of
+its data, or max_tokens in tokens, padding too; where several are given, the first of these counts. A batch is
+batch_size x gradient_accumulation_steps sequences, whatever the number of processes: where it does not fit in memory,
+divide the first and multiply the second by the same number. LNS's runs of OLMo have no preset: neither their shapes nor
+their schedules are in the paper.
 
 The papers' data and tokenizers are downloads; `dataset` is the name under which prepare_data.py writes them, from its
-download or from local text. Offline, --dataset=stdlib --vocab_size=0 trains the same model on bytes: a stand-in for
-trying a preset and for comparing placements, whose losses are not the paper's (bits per byte compare across
-tokenizers).
+download or from local text. Offline, --dataset=stdlib --vocab_size=0 trains the same model on bytes (GPAS's and LNS's
+with --rows=windows, since the beginnings of some 600 files are few): a stand-in for trying a preset and for comparing
+placements, whose losses are not the paper's (bits per byte compare across tokenizers).
 """

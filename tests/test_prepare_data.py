@@ -310,6 +310,76 @@ def test_rows_are_a_function_of_their_number_and_the_seed(shards):
     assert (TokenData(shards, "train", 8, 1000, seed=2).rows(0, 300)[0] != x).any()
 
 
+def with_meta(folder, split, writer):
+    """Makes the shards of a writer a data set of the byte tokenizer, whose end of text is 256."""
+    writer.close()
+    counts = {"documents": 1, "bytes": 1, "shards": writer.shards, "tokens": sum(s["tokens"] for s in writer.shards)}
+    other = {**counts, "shards": [], "tokens": 1}
+    splits = {name: counts if name == split else other for name in prepare_data.SPLITS}
+    prepare_data.write_meta(folder, {"name": "byte"}, byte_encoding(), splits, {})
+    return folder
+
+
+@pytest.mark.parametrize("shard_size", [1000, 30, 7])  # of 7, most documents lie in several shards
+@pytest.mark.parametrize("piece, vocab_size", [(1 << 20, 257), (5, 70_000)])
+@pytest.mark.parametrize("has_prompts", [True, False])
+def test_rows_of_documents_by_hand(tmp_path, monkeypatch, shard_size, piece, vocab_size, has_prompts):
+    """Each document of a list: end of text, its tokens, end of text, cut after T + 1, padded without loss."""
+    monkeypatch.setattr(prepare_data, "JOB", piece)
+    rng, T, eot = np.random.default_rng(0), 8, 256
+    lengths = [3, 0, 1, 5, 6, 7, 8, 9, 20, 0, 0, 2, 31, 4, 7]
+    texts = [rng.integers(1, 256, n).tolist() for n in lengths]
+    n_prompts = [n // 2 for n in lengths]
+    stream, mask, expected = [9, 9], [1, 1], []  # two tokens that are of no document
+    for text, n_prompt in zip(texts, n_prompts):
+        loss = [0] * n_prompt + [1] * (len(text) - n_prompt) if has_prompts else [1] * len(text)
+        stream, mask = stream + [eot] + text, mask + [1] + loss
+        if text:
+            row, losses = ([eot] + text + [eot])[: T + 1], ([1] + loss + [1])[: T + 1]
+            x, y = row[:-1], [t if has_loss else -100 for t, has_loss in zip(row[1:], losses[1:])]
+            expected.append((x + [0] * (T - len(x)), y + [-100] * (T - len(y))))
+    writer = ShardWriter(tmp_path, "train", vocab_size, shard_size)
+    writer.write(np.array(stream), np.array(mask, np.uint8) if has_prompts else None)
+    with_meta(tmp_path, "train", writer)
+    assert open_shard(writer.folder / "train_000000.bin").dtype == (np.uint16 if vocab_size == 257 else np.uint32)
+    make = lambda seed: TokenData(tmp_path, "train", T, vocab_size, seed, rows="documents")
+    data = make(seed=1)
+    assert len(data) == len(expected) == 12
+    epochs = []
+    for epoch in range(3):
+        x, y = data.rows(epoch * 12, 12)
+        assert x.dtype == y.dtype == np.int64
+        epochs.append(list(zip(x.tolist(), y.tolist())))
+        assert sorted(epochs[-1]) == sorted(expected)  # each once
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != expected
+    for i in (17, 0, 35):  # each row alone, from any other reader, is what it was among others
+        x, y = make(seed=1).rows(i, 1)
+        assert (x[0].tolist(), y[0].tolist()) == sum(epochs, [])[i]
+    assert (make(seed=2).rows(0, 36)[0] != make(seed=1).rows(0, 36)[0]).any()
+
+
+def test_documents_that_cannot_be_told_apart(shards, tmp_path):
+    with pytest.raises(UserError, match="rows=documents needs the end-of-text token, .* has no meta.json that names it"):
+        TokenData(shards, "train", 8, 1000, rows="documents")
+    writer = ShardWriter(tmp_path, "val", 257, 100)
+    writer.write(np.array([1, 2, 3, 256, 256]))
+    with_meta(tmp_path, "val", writer)
+    with pytest.raises(UserError, match="the val data in .* have no document: no text follows an end-of-text token"):
+        TokenData(tmp_path, "val", 8, 257, rows="documents")
+    assert TokenData(tmp_path, "val", 2, 257).rows(0, 1)[0].tolist() in ([[1, 2]], [[3, 256]])
+
+
+def test_documents_of_text_files(tmp_path, corpus):
+    """Through prepare: every file's beginning is a row, whatever the shuffle and the shards."""
+    folder, rows = prepare(tmp_path, corpus, shard_size=1000), []
+    for split in ("train", "val"):
+        data = TokenData(folder, split, 40, 257, rows="documents")
+        x, y = data.rows(0, len(data))
+        rows += [bytes(t for t in target if 0 <= t < 256) for target in y.tolist()]
+        assert (x[:, 0] == 256).all()
+    assert sorted(rows) == sorted(path.read_bytes()[:40] for path in corpus.iterdir())
+
+
 def test_permutation_is_one_and_looks_random():
     for n in (1, 2, 3, 7, 64, 1000):
         images = [prepare_data.permute(i, n, b"k") for i in range(n)]
@@ -463,7 +533,7 @@ def server():
 
 
 def test_files_by_address(tmp_path, server, monkeypatch):
-    monkeypatch.setitem(prepare_data.CORPORA, "tinyshakespeare", f"{server}/good.txt")
+    monkeypatch.setitem(prepare_data.CORPORA, "tinyshakespeare", (f"{server}/good.txt", "text"))
     expected = sorted(Handler.text.decode().splitlines())
     for folder in (
         prepare(tmp_path, dataset="tinyshakespeare"),
@@ -965,7 +1035,112 @@ def test_prompts_carry_no_loss(tmp_path, num_workers):
         TokenData(folder, "train", 16, 257)
 
 
+CONVERSATION = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+CONVERSATION += [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}]
+
+
+@pytest.mark.parametrize(
+    "turns, parts",
+    [
+        (["hi", "hello"], ["hi\n\n", "hello"]),
+        (["hi", "hello", "why?", "so\n"], ["hi\n\n", "hello\n\n", "why?\n\n", "so\n"]),
+        (["hi", "hello", "no answer"], ["hi\n\n", "hello"]),
+        ([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "é"}], ["hi\n\n", "é"]),
+        (CONVERSATION, ["be brief\n\nhi\n\n", "hello"]),
+        (CONVERSATION[2:3] * 2 + CONVERSATION[3:], ["", "hello\n\nhello"]),
+    ],
+)
+def test_turns_by_hand(tmp_path, turns, parts):
+    assert prepare_data.join_turns(turns) == parts
+    encoding = byte_encoding()
+    ids = [encode(encoding, part) for part in parts]
+    document = prepare_data.make_document(encoding, ids, [part.encode() for part in parts])
+    masks = [[1]] + [[i % 2] * len(part.encode()) for i, part in enumerate(parts)]
+    assert document.tokens.tolist() == [256, *"".join(parts).encode()] and document.mask.tolist() == sum(masks, [])
+
+
+def by_loss(folder):
+    """(text without loss, text with loss) of each document of a data set."""
+    found = []
+    for split in ("train", "val"):
+        paths = sorted(folder.glob(f"{split}_*.bin"))
+        ids = np.concatenate([open_shard(p) for p in paths])
+        mask = np.concatenate([np.frombuffer(p.with_suffix(".mask").read_bytes(), np.uint8) for p in paths])
+        starts = [*np.flatnonzero(ids == 256), len(ids)]
+        for a, b in zip(starts[:-1], starts[1:]):
+            part, has_loss = ids[a + 1 : b], mask[a + 1 : b] == 1
+            found.append((bytes(part[~has_loss].tolist()).decode(), bytes(part[has_loss].tolist()).decode()))
+    return sorted(found)
+
+
+LIMA = [{"conversations": [f"question {i}?", f"answer {i}"] + ["more?", "no"] * (i % 9 == 0), "source": "s"} for i in range(200)]
+LIMA_PARTS = sorted((f"question {i}?\n\n" + "more?\n\n" * (i % 9 == 0), f"answer {i}" + "\n\nno" * (i % 9 == 0)) for i in range(200))
+ALPACA = [{"instruction": f"add {i}", "input": f"{i}" * (i % 2), "output": f"= {i}", "answer": "x"} for i in range(200)]
+ALPACA_PARTS = sorted((f"add {i}\n\n" + f"{i}\n\n" * (i % 2), f"= {i}") for i in range(200))
+SHAPED = {"lima": ("turns", LIMA, LIMA_PARTS), "commonsense170k": ("instruction", ALPACA, ALPACA_PARTS)}
+
+
+@pytest.mark.parametrize("corpus_name", SHAPED)
+def test_shapes_of_rows_in_every_kind_of_input(tmp_path, monkeypatch, corpus_name):
+    """A hub corpus knows its shape; local jsonl and parquet of the same rows, in any number of processes, are the same."""
+    parquet, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    shape, rows, parts = SHAPED[corpus_name]
+    args = dict(tokenizer="byte", val_fraction=0.1)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for i, (name, num_workers) in enumerate([("a.jsonl", 1), ("a.jsonl", 2), ("a.parquet", 1)]):
+        folder = prepare(tmp_path, tmp_path / name, dataset=f"d{i}", shape=shape, num_workers=num_workers, **args)
+        assert by_loss(folder) == parts
+    hub = FakeHub()
+    monkeypatch.setattr(hub, "rows", rows)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert by_loss(prepare(tmp_path, dataset=corpus_name, **args)) == parts
+    assert hub.asked[-1][0] == ({"lima": "GAIR/lima", "commonsense170k": "zwhe99/commonsense_170k"}[corpus_name], None)
+
+
+def test_messages_and_outputs_by_another_name(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": CONVERSATION, "id": i}) + "\n" for i in range(3)) + "\n")
+    folder = prepare(tmp_path, tmp_path / "a.jsonl", shape="turns", text_field="messages", val_fraction=0.0)
+    assert by_loss(folder) == [("be brief\n\nhi\n\n", "hello")] * 3
+    rows = [{"instruction": f"say {i}", "input": None, "response": "yes"} for i in range(3)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = dict(dataset="e", shape="instruction", text_field="response", val_fraction=0.0)
+    assert by_loss(prepare(tmp_path, tmp_path / "b.jsonl", **args)) == [(f"say {i}\n\n", "yes") for i in range(3)]
+
+
+def test_rows_that_are_not_of_the_shape(tmp_path, capsys):
+    good = {"conversations": ["a", "b"]}
+    broken = [{"conversations": "text"}, {"conversations": ["only a question"]}, {"conversations": [["a"], "b"]}, {"text": "x"}]
+    broken += [{"conversations": [{"role": "user"}, "b"]}, {"conversations": [{"say": "x"}]}, {"conversations": []}, 7]
+    broken += [{"conversations": [{"from": "human", "value": None}]}, {"conversations": None}, {"conversations": {"a": "b"}}]
+    lines = [json.dumps(row) for row in [good, *broken, {"conversations": ["a", " "]}, *[good] * 20]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"11 documents are broken where 21 are kept.*no row of shape turns: 'conversations' at .*a.jsonl:2"):
+        prepare(tmp_path, tmp_path / "a.jsonl", shape="turns")
+    folder = prepare(tmp_path, tmp_path / "a.jsonl", shape="turns", max_broken=1.0)
+    problems = json.loads((folder / "meta.json").read_text())["problems"]
+    kinds = {"no row of shape turns: 'conversations'": [11, [f"{tmp_path}/a.jsonl:{i}" for i in (2, 3, 4)]]}
+    assert problems == {**kinds, "empty": [1, [f"{tmp_path}/a.jsonl:13"]]}
+    lines = ['{"instruction": "a", "output": "b"}', '{"instruction": 5, "input": "", "output": "b"}']
+    lines += ['{"instruction": "a", "input": 7, "output": "b"}', '{"instruction": "a", "input": "", "output": ["b"]}']
+    (tmp_path / "b.jsonl").write_text("\n".join(lines + ['{"instruction": "a", "input": "", "output": "b"}'] * 5))
+    with pytest.raises(UserError, match="4 documents .* no row of shape instruction: 'instruction' and 'input' and 'output' at .*b.jsonl:1"):
+        prepare(tmp_path, tmp_path / "b.jsonl", dataset="e", shape="instruction")
+
+
+def test_lists_of_turns_count_as_text_of_a_job(tmp_path):
+    """What a worker gets at once does not grow with the corpus where the rows are lists."""
+    parquet, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    rows = [{"conversations": ["x" * 1000, "y" * 1000]} for _ in range(2000)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    inputs = prepare_data.find_files([str(tmp_path / "a.parquet")])
+    jobs = list(prepare_data.read_jobs(inputs, Place(), ["conversations"]))
+    assert len(jobs) == 4 and sum(len(data) for job, _, _ in jobs for *_, data in job) == 2000
+
+
 def test_prompts_need_rows(tmp_path, corpus):
+    with pytest.raises(UserError, match="shape turns needs jsonl, parquet or hub rows; .*txt is plain text"):
+        prepare(tmp_path, corpus, shape="turns")
     with pytest.raises(UserError, match="prompt_field needs jsonl, parquet or hub rows; .*txt is plain text"):
         prepare(tmp_path, corpus, prompt_field="prompt")
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "text": "y"}\n')
@@ -1077,6 +1252,8 @@ def test_default_is_the_standard_library(tmp_path):
         (["--shard_size=0"], "shard_size is 0; it must be at least 1"),
         (["--seed=4294967296"], "seed is 4294967296; it must be at least 0 and at most 4294967295"),
         (["--stdin_format=csv"], "unknown stdin_format 'csv'; known: text, jsonl"),
+        (["--shape=chat"], "unknown shape 'chat'; known: text, instruction, turns"),
+        (["--shape=turns", "--prompt_field=p"], "prompt_field goes with shape=text; shape=turns has prompts of its own"),
         (["--tokenizer=bpe:99"], "bpe:N takes the size of a vocabulary, at least 257"),
         (["--tokenizer=bpe:many"], "bpe:N takes the size of a vocabulary, at least 257"),
     ],

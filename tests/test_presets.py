@@ -16,7 +16,6 @@ import train
 from model import GPT, GPTConfig
 
 SHARED = "__init__", "gpas", "lns", "peri", "sparsity"  # what presets of a paper share
-NO_PAPER = "lab"
 COMMANDS = re.findall(r"^    (config/.*?)(?:  |$)", config.__doc__, re.MULTILINE)
 
 # What each paper counts: GPAS and LNS the embedding and the head, Peri-LN neither, Sparsity one matrix for both. The
@@ -90,23 +89,17 @@ SCHEDULES = {
 }
 
 
-@dataclasses.dataclass
-class Settings(train.Settings):
-    max_tokens: configurator.NATURAL | None = None  # length of the run; none: max_iters steps
-
-
-def read(command):
-    """The settings of a command, and its steps. "gpas_130m lns --seed=1" stands for the files of these names."""
+def read(command, n_rows=1000):
+    """The settings of a command, and its steps, of n_rows rows of data where it counts epochs. "gpas_130m lns --seed=1"
+    stands for the files of these names."""
     args = [a if a.startswith("--") else str(ROOT / "config" / f"{a}.py") for a in command.split()]
-    given = configurator.read_settings(Settings, "", args)
-    settings = configurator.build_settings(Settings, given)
-    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
-    return settings, given.get("max_iters") or settings.max_tokens / tokens_per_step
+    settings = configurator.configure(train.Settings, "", args)
+    return settings, settings.max_iters or train.count_steps(settings, n_rows)
 
 
 def test_every_preset_has_a_command_and_says_where_it_is_from():
     named = set(re.findall(r"\w+", config.__doc__))
-    for path in (path for path in (ROOT / "config").glob("*.py") if path.stem != NO_PAPER):
+    for path in {*(ROOT / "config").glob("*.py")} - {ROOT / "config" / "lab.py"}:  # the lab's model is of no paper
         head = path.read_text().split('"""')[1]
         assert any(paper in head for paper in ("GPAS", "LNS", "Peri-LN", "Sparsity"))
         assert any(word in head for word in ("Table", "section", "appendix", "Figure")), path
@@ -145,28 +138,35 @@ def test_schedules(command):
 
 
 def test_fine_tuning_takes_the_stated_epochs():
-    """LIMA's 1,000 conversations 15 times, about 128 in a step; Commonsense170K's 170,420 examples 4 times, four to a
-    window and 16 windows in a step."""
-    settings, steps = read("peri_sft")
-    assert steps == pytest.approx(15 * 1000 / 128, rel=0.03) and settings.learning_rate == 1e-5
-    settings, steps = read("gpas_sft")
-    assert steps == pytest.approx(4 * 170_420 / 4 / 16) and settings.learning_rate == 3e-4
+    """LIMA's 1,000 conversations 15 times, 128 in a step; windows of Commonsense170K 4 times, 16 in a step."""
+    settings, steps = read("peri_sft", 1000)
+    assert steps == 118 and settings.learning_rate == 1e-5  # 117.2
+    assert (settings.rows, settings.block_size) == ("documents", 8192)
+    settings, steps = read("gpas_sft", 170_420 // 4)  # about four examples to a window
+    assert steps == 10652 and settings.rows == "windows" and settings.learning_rate == 3e-4
     assert (settings.lisa_layers, settings.lisa_interval) == (4, 3)
 
 
 def test_numbers_of_published_code():
-    """DCLM's 411m_1x for Peri-LN; Sparsity's script decays no norms, and where its YAML files name no eps it is 1e-5."""
+    """DCLM's 411m_1x for Peri-LN; Sparsity's script decays neither norms nor embeddings, and where its YAML files name
+    no eps it is 1e-5; GPAS's rows are documents, its weights bfloat16."""
     s, _ = read("peri_400m")
     assert (s.beta2, s.grad_clip, s.min_lr / s.learning_rate, s.head_z_weight) == (0.95, 1.0, 0.01, 1e-4)
-    assert not read("sparsity_depth")[0].decay_vectors and read("sparsity_depth")[0].norm_eps == 1e-6
+    s, _ = read("sparsity_depth")
+    assert not s.decay_vectors and not s.decay_embedding
+    assert read("sparsity_depth")[0].norm_eps == 1e-6
     for command in ("sparsity_dense_400m", "sparsity_moe_2b", "sparsity_moe_7b", "sparsity_recipe_moe"):
         assert read(command)[0].norm_eps == 1e-5
     s, _ = read("gpas_130m")
     assert (s.beta2, s.weight_decay, s.grad_clip, s.min_lr) == (0.999, 0.0, 0.0, None)
+    for command in ("gpas_130m", "gpas_130m lns", "gpas_7b"):
+        assert (read(command)[0].rows, read(command)[0].dtype) == ("documents", "bfloat16_pure")
+    assert s.eval_iters * 16 * 256 * 0.763 == pytest.approx(10e6, rel=0.01)  # its evaluation counts no padding either
+    assert read("lns_qwen_500m")[0].rows == read("peri_400m")[0].rows == "windows"
 
 
 def test_a_dry_run_from_any_folder(tmp_path):
-    """GPAS 7B over 8 GPUs. By hand: 6,738,415,648 parameters of 16 bytes, an eighth each; 6 FLOPs for each matrix entry
+    """GPAS 7B over 8 GPUs. By hand: 6,738,415,648 parameters of 8 bytes, an eighth each; 6 FLOPs for each matrix entry
     but the table's, and 12 * 4096 * 257 / 2 for the attention of each of 32 layers."""
     args = [sys.executable, ROOT / "train.py", ROOT / "config" / "gpas_7b.py", "--dry_run", "--gpus=8"]
     done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
@@ -177,7 +177,7 @@ def test_a_dry_run_from_any_folder(tmp_path):
         "6,738,415,648 parameters",
         "150,000 steps of 524,288 tokens: 78.6G tokens",
         f"{flops / 1e9:.3g} GFLOP a token, {flops * 524_288 * 150_000:.3g} FLOP in all",
-        f"{6_738_415_648 * 2 / 1e9:.3g} GB of weights, gradients and moments (sharded)",
+        f"{6_738_415_648 / 1e9:.3g} GB of weights, gradients and moments (sharded)",
         "(16 sequences, blocks recomputed)",
     ):
         assert text in done.stdout, done.stdout

@@ -514,6 +514,107 @@ def test_a_step_without_targets_is_an_error(folder, tmp_path):
     assert done.returncode == 2 and "no token of step 0 has a target" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def examples(folder):
+    """The folder with a data set sft of 60 prompts and answers of 3 to 60 bytes together, for rows of 32."""
+    rows = [{"instruction": f"say {i}" + "?" * (i % 7), "input": "", "output": f"{i}" * (i % 11 + 1)} for i in range(60)]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = dict(dataset="sft", input=[str(folder / "sft.jsonl")], data_dir=str(folder / "data"), shape="instruction")
+    prepare_data.prepare(prepare_data.Settings(**settings, val_fraction=0.1))
+    return folder
+
+
+EXAMPLES = [a for a in SMALL if a != "--dataset=d"] + ["--dataset=sft", "--rows=documents", "--device=cpu", "--log_interval=1"]
+
+
+@pytest.mark.parametrize("norm", ["pre", "gpas_deepnorm", "peri"])
+def test_a_padded_batch_is_its_examples_one_by_one(examples, norm):
+    """Loss and gradients of a batch of padded rows, and of the same examples each alone and without padding."""
+    data = prepare_data.TokenData(examples / "data" / "sft", "train", 32, 257, rows="documents")
+    tokens = np.concatenate([prepare_data.open_shard(path) for path in data.paths]).tolist()
+    mask = sum((list(path.with_suffix(".mask").read_bytes()) for path in data.paths), [])
+    starts = [i for i, t in enumerate(tokens) if t == 256] + [len(tokens)]
+    model = GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=32, vocab_size=257, norm=norm)).double()
+    for gate in model.gates():
+        torch.nn.init.normal_(gate)
+    total, n_targets = 0, 0
+    for a, b in zip(starts[:-1], starts[1:]):
+        ids = torch.tensor(tokens[a:b] + [256])[:33]
+        has_loss = torch.tensor(mask[a:b] + [1])[1:33] == 1
+        losses = torch.nn.functional.cross_entropy(model(ids[None, :-1])[0][0], ids[1:], reduction="none")
+        total, n_targets = total + losses[has_loss].sum(), n_targets + has_loss.sum()
+    (total / n_targets).backward()
+    alone = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    x, y, n = train.get_batch(data, 0, len(data), torch.device("cpu"))
+    assert (y == -100).sum() > y.numel() // 3 and n == n_targets and len(starts) - 1 == len(data) > 40
+    loss = model(x, y)[1]
+    loss.backward()
+    assert loss.item() == pytest.approx((total / n_targets).item(), rel=1e-12)
+    for p, grad in zip(model.parameters(), alone):
+        assert torch.allclose(p.grad, grad, rtol=1e-9, atol=1e-12)
+
+
+def test_tokens_of_a_run_are_its_targets(examples, tmp_path):
+    """Neither padding nor prompts; to the token after a stop and a resume, and in two processes."""
+    args = [*EXAMPLES, "--max_iters=8", "--eval_interval=3", "--eval_iters=2", "--dtype=float64", "--sample_tokens=2"]
+    assert call(*args, f"--out_dir={tmp_path}/whole", cwd=examples).returncode == 0
+    with at_step(4, terminate):
+        assert call(*args, f"--out_dir={tmp_path}/parts", cwd=examples).returncode == 143
+    done = call("--init_from=resume", f"--out_dir={tmp_path}/parts", "--device=cpu", "--dtype=float64", cwd=examples)
+    assert done.returncode == 0 and "documents of up to 32 tokens" in done.stdout
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *args]
+    done = subprocess.run([*two, f"--out_dir={tmp_path}/two"], cwd=examples, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    data = prepare_data.TokenData(examples / "data" / "sft", "train", 32, 257, 1337, rows="documents")
+    counts = [int((data.rows(0, 8 * step)[1] >= 0).sum()) for step in range(9)]
+    for name, tolerance in (("whole", 0), ("parts", 0), ("two", 1e-9)):
+        log = read_log(tmp_path / name / "log.jsonl")
+        assert {(r["step"], r["tokens"]) for r in log} == set(enumerate(counts))
+        assert train.open_checkpoint(tmp_path / name)["tokens"] == counts[-1]
+        for row, other in zip(losses(tmp_path / name), losses(tmp_path / "whole"), strict=True):
+            assert [v for v in row if v is not None] == pytest.approx([v for v in other if v is not None], rel=tolerance)
+    # the validation loss is over documents too
+    val = prepare_data.TokenData(examples / "data" / "sft", "val", 32, 257, rows="documents")
+    checkpoint = train.open_checkpoint(tmp_path / "whole")
+    model = GPT(GPTConfig(**checkpoint["config"])).double()
+    model.load_state_dict(checkpoint["model"])
+    x, y = map(torch.from_numpy, val.rows(0, 4 * min(2, max(1, len(val) // 4))))
+    assert log[-1]["val_loss"] == pytest.approx(model.eval()(x, y)[1].item(), rel=1e-9)
+
+
+def test_tokens_of_windows_are_all(folder):
+    log = read_log(folder / "out-gpas_pre" / "log.jsonl")
+    assert all(r["tokens"] == r["step"] * 4 * 2 * 32 for r in log)
+
+
+def test_a_length_in_epochs(examples, tmp_path):
+    """max_iters, else epochs, else max_tokens; counted from the rows, also where a run goes on and in a dry run."""
+    n = len(prepare_data.TokenData(examples / "data" / "sft", "train", 32, 257, rows="documents"))
+    rows = lambda epochs: math.ceil(epochs * n / 8)  # steps of 4 x 2 rows
+    args = [*EXAMPLES, "--eval_interval=100", "--eval_iters=1", "--sample_tokens=2"]
+    length = lambda: train.open_checkpoint(tmp_path)["step"]
+    assert call(*args, "--epochs=1", "--max_tokens=99999", f"--out_dir={tmp_path}", cwd=examples).returncode == 0
+    assert length() == rows(1) == train.open_checkpoint(tmp_path)["settings"]["max_iters"]
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu"]
+    for given, steps in (
+        (["--epochs=1.5"], rows(1.5)),
+        ([f"--max_tokens={(rows(1.5) + 1) * 8 * 32}"], rows(1.5) + 1),
+        (["--epochs=2"], rows(2)),
+        (["--epochs=9", f"--max_iters={rows(2) + 2}"], rows(2) + 2),
+        ([], rows(2) + 2),
+    ):
+        assert call(*resume, *given, cwd=examples).returncode == 0 and length() == steps
+    done = call(*args, "--epochs=3", "--dry_run", cwd=examples)
+    assert done.returncode == 0 and f"  {rows(3)} steps of 256 tokens" in done.stdout
+    done = call(*args, "--epochs=3", "--dry_run", "--rows=windows", "--dataset=d", cwd=examples)
+    windows = len(prepare_data.TokenData(examples / "data" / "d", "train", 32, 257))
+    assert f"  {math.ceil(3 * windows / 8):,} steps of 256 tokens" in done.stdout
+    shape = train.Settings(epochs=0.1, batch_size=1, gradient_accumulation_steps=1)
+    assert train.count_steps(shape, 30) == 3 and train.count_steps(shape, 31) == 4 and train.count_steps(shape, 3) == 1
+    assert train.Settings(epochs=2.0, max_iters=5).max_iters == 5
+
+
 def test_a_length_in_tokens():
     shape = dict(batch_size=4, gradient_accumulation_steps=3, block_size=10)  # 120 tokens a step
     assert train.Settings().max_iters == 280
@@ -717,6 +818,11 @@ def test_bare_shards_train(folder):
         (["--dataset=other", "--vocab_size=257"], "is not a token shard"),
         (["--dataset=large", "--vocab_size=257"], "does not fit the vocabulary of 257"),
         (["--batch_size=0"], "batch_size is 0"),
+        (["--max_iters=none", "--dataset=nowhere", "--epochs=1", "--dry_run"], "no data set 'nowhere'"),
+        (["--epochs=0"], "epochs is 0.0; it must be at least 1e-06"),
+        (["--epochs=nan"], "--epochs expects float or none, got 'nan'"),
+        (["--rows=pages"], "unknown rows 'pages'; known: windows, documents"),
+        (["--dataset=large", "--vocab_size=257", "--rows=documents"], "rows=documents needs the end-of-text token"),
         (["--out_dir=text.txt"], "text.txt"),
         (["--init_from=resume", "--out_dir=out-gpas_pre", "--n_layer=3"], "out-gpas_pre is a model of n_layer 2 (given 3)"),
         (["--eval_only", "--out_dir=out-gpas_pre", "--overwrite"], "does not go with"),
