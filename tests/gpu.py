@@ -108,10 +108,11 @@ def random_tokens(c):
     return torch.randint(c.vocab_size, (c.batch_size, c.block_size)).to(c.device)
 
 
-def loss_and_gradient(net, idx):
+def loss_and_gradient(net, idx, autocast=False):
     """The loss of predicting idx from itself, its gradient in one vector, and the gates' part of that (if any)."""
     net.zero_grad()
-    loss = net(idx, idx)[1]
+    with torch.autocast(idx.device.type, torch.bfloat16, enabled=autocast):  # one for each pass: it keeps cast weights
+        loss = net(idx, idx)[1]
     loss.backward()
     grads = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in net.named_parameters()}
     gates = [grad for name, grad in grads.items() if name.endswith(".gate")]
@@ -368,9 +369,8 @@ def compile_schemes(c):
     for norm, more in [*((norm, {}) for norm in norms), ("gpas_pre", {"n_expert": 4})]:
         model = build(c, norm, c.n_layer_small, **more)
         torch._dynamo.reset()
-        with torch.autocast(c.device, torch.bfloat16):
-            eager = loss_and_gradient(model, idx)
-            compiled = loss_and_gradient(torch.compile(model, fullgraph=True, backend=c.backend), idx)
+        eager = loss_and_gradient(model, idx, autocast=True)
+        compiled = loss_and_gradient(torch.compile(model, fullgraph=True, backend=c.backend), idx, autocast=True)
         yield norm + " with experts" * bool(more), distances(compiled, eager)
 
 
