@@ -748,8 +748,9 @@ def generate_text(model, encoding, prompt, max_tokens, stops=(), temperature=0.0
 def harness_model(out_dir, device="auto", batch_size=16):
     """The model of a run, of any scheme, for `lm_eval.simple_evaluate(model=harness_model(out_dir), tasks=[...])`.
 
-    Texts are tokenized as the run's data were, without a token before them; an empty context is the start of a
-    document. UserError for a folder without a run, a run without a tokenizer, and where lm_eval is not installed.
+    Texts are tokenized as the run's data were, special tokens as ordinary text, and no token is put before them; an
+    empty context is the start of a document. UserError for a folder without a run, a run without a tokenizer, and where
+    lm_eval is not installed.
     """
     try:
         model, checkpoint = load_run(out_dir, find_device(device))
@@ -845,7 +846,8 @@ def convert_questions(task, num_fewshot=None):
         elif answer in choices:
             answer = choices.index(answer)
         if type(answer) is not int or not 0 <= answer < len(choices):
-            raise UserError(f"task {name}, question {len(questions) + 1}: {answer!r} is not one of {len(choices)} choices")
+            where = f"task {name}, question {len(questions) + 1}"
+            raise UserError(f"{where}: the answer {answer!r} is not one of {len(choices)} choices")
         questions.append({"prompt": prompt, "choices": choices, "answer": answer})
     return questions
 

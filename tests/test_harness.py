@@ -187,7 +187,7 @@ def make_questions(n, seed=0):
     some = lambda most: " ".join(chance.choices(words, k=chance.randint(1, most)))
     rows = []
     for i in range(n):
-        choices = [some(3) for _ in range(4)]
+        choices = [f"{some(3)} {letter}" for letter in "pqrs"]
         rows.append({"prompt": some(12) if i else "", "choices": choices, "answer": chance.randrange(4)})
     return rows
 
@@ -236,6 +236,14 @@ def test_harness_agrees_with_analyze(norm, tokenizer, lm_eval, tmp_path):
     assert acc == pytest.approx(right / len(questions))
 
 
+def assert_same(name, sample, other):
+    if name == "say":
+        assert sample["filtered_resps"] == other["filtered_resps"]
+    else:
+        numbers = [torch.tensor(s["filtered_resps"], dtype=torch.float64) for s in (sample, other)]
+        torch.testing.assert_close(*numbers, atol=1e-3, rtol=1e-5)
+
+
 def test_harness_agrees_with_hf_of_the_export(lm_eval, tmp_path):
     """All kinds of requests of our model and of lm_eval's own `hf` on the folder that export wrote."""
     pytest.importorskip("transformers")
@@ -259,12 +267,17 @@ def test_harness_agrees_with_hf_of_the_export(lm_eval, tmp_path):
     ours, theirs = (lm_eval.simple_evaluate(lm, tasks=tasks, bootstrap_iters=0)["samples"] for lm in models)
     for name in ("choose", "say", "roll"):
         for mine, his in zip(in_order(ours[name]), in_order(theirs[name]), strict=True):
-            if name == "say":
-                assert mine["filtered_resps"] == his["filtered_resps"]
-            else:
-                numbers = [torch.tensor(sample["filtered_resps"], dtype=torch.float64) for sample in (mine, his)]
-                torch.testing.assert_close(*numbers, atol=1e-3, rtol=1e-5)
+            assert_same(name, mine, his)
     assert any(sample["filtered_resps"] != [""] for sample in ours["say"])
+
+    # The same by the tokenizer.json of the export.
+    Path(tmp_path / "json").mkdir()
+    interchange.save_run(model, tmp_path / "json", interchange.import_tokenizer(tmp_path / "hf"))
+    lm = interchange.harness_model(tmp_path / "json", "cpu")
+    again = lm_eval.simple_evaluate(lm, tasks=tasks, bootstrap_iters=0)["samples"]
+    for name in ("choose", "say", "roll"):
+        for mine, other in zip(in_order(ours[name]), in_order(again[name]), strict=True):
+            assert_same(name, mine, other)
 
 
 def test_rolling_likelihood_is_that_of_the_whole_text(lm_eval, tmp_path):
@@ -288,7 +301,9 @@ def test_sampling_settings(lm_eval, tmp_path):
     hot = [lm.generate_until(request(do_sample=True, temperature=5.0, max_gen_toks=12))[0] for _ in range(3)]
     assert len(set(hot)) == 3
     likeliest = request(do_sample=True, temperature=5.0, top_k=1, max_gen_toks=12)
-    assert lm.generate_until(likeliest) == lm.generate_until(request(until="@", temperature=0.0, max_new_tokens=12, top_p=0.9))
+    assert lm.generate_until(likeliest) == lm.generate_until(
+        request(until="@", temperature=0.0, max_new_tokens=12, top_p=0.9)
+    )
     with pytest.raises(UserError, match="sampling here knows temperature and top_k, not top_p"):
         lm.generate_until(request(do_sample=True, temperature=1.0, top_p=0.9))
 
@@ -331,7 +346,11 @@ def test_contexts_with_one_continuation(lm_eval, tmp_path):
     """As in Winogrande: `prompt` is a list. The harness's acc is the share of answers whose context is the best."""
     model = run_folder("gpas_deepnorm", tmp_path / "run")
     rows = [
-        {"contexts": [q["prompt"] + q["choices"][0], q["prompt"] + q["choices"][1]], "end": q["choices"][2], "best": i % 2}
+        {
+            "contexts": [q["prompt"] + q["choices"][0], q["prompt"] + q["choices"][1]],
+            "end": q["choices"][2],
+            "best": i % 2,
+        }
         for i, q in enumerate(make_questions(30))
     ]
     settings = {"output_type": "multiple_choice", "doc_to_text": "{{best}}", "doc_to_choice": "contexts"}
@@ -363,14 +382,17 @@ def test_tasks_that_cannot_be_used(lm_eval, tmp_path, monkeypatch, capsys):
     Path("lost.jsonl").unlink()
     on_run = "--out_dir=run --device=cpu --harness="
     for args, message in [
-        (on_run + "arc_eazy", "unknown task 'arc_eazy', neither one of lm_eval's nor a yaml file; did you mean arc_easy"),
+        (
+            on_run + "arc_eazy",
+            "unknown task 'arc_eazy', neither one of lm_eval's nor a yaml file; did you mean arc_easy",
+        ),
         (on_run + "nothing.yaml", "unknown task 'nothing.yaml'"),
         (on_run + "lost.yaml", "lm_eval cannot run lost.yaml: "),
         (on_run + "long.yaml", "a continuation has 61 tokens, more than the block size 48"),
         ("--to=q.jsonl --questions_from=", "unknown task ''"),
         ("--to=q.jsonl --questions_from=say.yaml", "task say is of output_type generate_until; only multiple_choice"),
         ("--to=q.jsonl --questions_from=tight.yaml", "task tight puts '' before a choice; analyze.py puts a space"),
-        ("--to=q.jsonl --questions_from=wrong.yaml", "task wrong, question 4: 4 is not one of 4 choices"),
+        ("--to=q.jsonl --questions_from=wrong.yaml", "task wrong, question 4: the answer 4 is not one of 4"),
     ]:
         assert one_line(monkeypatch, capsys, args).startswith(f"error: {message}")
     assert not Path("q.jsonl").exists()
