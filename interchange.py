@@ -1,24 +1,30 @@
-"""Models out of this project and into it: gates folded away, Hugging Face folders in both directions.
+"""Models out of this project and into it: gates folded away, Hugging Face folders in both directions, benchmarks.
 
     python interchange.py --export=hf --out_dir=out-gpas_pre --to=FOLDER      a run's model for transformers, vLLM ...
     python interchange.py --import_from=FOLDER --out_dir=out-llama            open weights as a run's checkpoint
+    python interchange.py --harness=arc_easy,piqa --out_dir=out-post          lm-evaluation-harness on a run
+    python interchange.py --questions_from=piqa --to=piqa.jsonl               its questions, for analyze.py --choices
     python interchange.py --help                                              every setting
 
-From a notebook: `fold(model)`, `export_hf(model, folder)`, `import_hf(folder)`.
+From a notebook: `fold(model)`, `export_hf(model, folder)`, `import_hf(folder)`, `harness_model(out_dir)`.
 
 A gate is a known factor at inference, and a norm undoes factors: a trained gpas_ model equals one without gates that
 has other weights, exactly (`fold`). What is folded is a model that other programs may know by another name: FAMILIES
 is one table from their names to ours, read in both directions. The files are written and read by transformers, whose
 class of the family holds the weights on the way: tried with transformers 5.24, whose experts are stacked as ours are.
-An earlier one ends in an error where it differs.
+An earlier one ends in an error where it differs. Benchmarks need no export: lm-evaluation-harness (tried with lm_eval
+0.4.13) is handed the run's own GPT.
 """
 
 import copy
+import difflib
+import itertools
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,8 +34,8 @@ import torch.nn as nn
 
 import prepare_data
 from analyze import load_run
-from configurator import COUNT, POSITIVE, UserError, build_settings, configure, run, save_whole
-from model import GPAS_ACTS, GPT, SCHEMES, GPTConfig, MoE, Norm, find_scheme
+from configurator import COUNT, NATURAL, POSITIVE, UserError, build_settings, configure, progress, run, save_whole
+from model import GPAS_ACTS, GPT, SCHEMES, GPTConfig, MoE, Norm, find_device, find_scheme
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folding: the gates become plain weights
@@ -688,7 +694,175 @@ def write_data(settings, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks: lm-evaluation-harness over our own GPT
+
+
+@torch.no_grad()
+def score_continuations(model, pairs, batch_size=16):
+    """A list of (log-likelihood in nats, whether greedy decoding gives it), one for each continuation after a context.
+
+    `pairs`: (context, continuation), lists of token ids, a context of at least one. What exceeds the block size is cut
+    off at the left end; UserError for a continuation that alone is longer. `model` is in evaluation mode.
+    """
+    size, device = model.config.block_size, model.lm_head.weight.device
+    too_long = max((len(continuation) for _, continuation in pairs), default=0)
+    if too_long > size:
+        raise UserError(f"a continuation has {too_long} tokens, more than the block size {size}")
+    rows = [torch.tensor((context + continuation)[-(size + 1) :]) for context, continuation in pairs]
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # little padding, and memory runs out early
+    scores = [None] * len(pairs)
+    for first in progress(range(0, len(pairs), batch_size), "log-likelihoods"):
+        batch = longest_first[first : first + batch_size]
+        inputs = [rows[i][:-1] for i in batch]
+        idx = nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # at the right end: not seen by what is before
+        logits = model(idx.to(device))[0]
+        for i, row_logits in zip(batch, logits):
+            end, n = len(rows[i]), len(pairs[i][1])
+            tokens = rows[i][end - n :].to(device)
+            log_p = row_logits[end - n - 1 : end - 1].float().log_softmax(-1)
+            is_greedy = bool((log_p.argmax(-1) == tokens).all())
+            scores[i] = log_p.gather(1, tokens[:, None]).sum().item(), is_greedy
+    return scores
+
+
+def generate_text(model, encoding, prompt, max_tokens, stops=(), temperature=0.0, top_k=None):
+    """The text that continues `prompt`: up to max_tokens tokens, the end of the document, or the first of `stops`.
+
+    The prompt is cut at its left end, so that all fits in the block; but half a block of it is kept in any case.
+    """
+    size, end_of_text = model.config.block_size, encoding.eot_token
+    kept = max(size - max_tokens, size // 2, 1)
+    ids = prepare_data.encode(encoding, prompt).tolist() or [end_of_text]
+    idx = torch.tensor([ids[-kept:]], device=model.lm_head.weight.device)
+    start, text, has_ended = idx.shape[1], "", False
+    while not has_ended and idx.shape[1] - start < max_tokens:
+        n = min(16, start + max_tokens - idx.shape[1])  # a few at a time, so that an end is seen soon
+        idx = model.generate(idx, n, temperature, top_k)
+        new = idx[0, start:].tolist()
+        text = prepare_data.decode(encoding, itertools.takewhile(lambda token: token != end_of_text, new))
+        ends = [text.index(stop) for stop in stops if stop and stop in text]
+        text = text[: min(ends, default=len(text))]
+        has_ended = bool(ends) or end_of_text in new
+    return text
+
+
+def harness_model(out_dir, device="auto", batch_size=16):
+    """The model of a run, of any scheme, for `lm_eval.simple_evaluate(model=harness_model(out_dir), tasks=[...])`.
+
+    Texts are tokenized as the run's data were, special tokens as ordinary text, and no token is put before them; an
+    empty context is the start of a document. UserError for a folder without a run, a run without a tokenizer, and where
+    lm_eval is not installed.
+    """
+    try:
+        model, checkpoint = load_run(out_dir, find_device(device))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if checkpoint["tokenizer"] is None:
+        raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
+    encoding = prepare_data.build_encoding(checkpoint["tokenizer"])
+    api, utils, generation = (
+        prepare_data.optional(f"lm_eval.{part}", "lm_eval") for part in ("api.model", "utils", "models.utils")
+    )
+
+    class HarnessModel(api.TemplateLM):
+        eot_token_id = encoding.eot_token
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return prepare_data.encode(encoding, string).tolist()
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            return score_continuations(model, pairs, batch_size)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            """The sum over a text's windows of block_size tokens, each token with as much before it as that allows."""
+            windows = []  # of each text, the pairs (context, continuation)
+            for request in requests:
+                ids, size = self.tok_encode(request.args[0]), model.config.block_size
+                overlapping = utils.get_rolling_token_windows(ids, encoding.eot_token, size, context_len=1)
+                windows.append([utils.make_disjoint_window(window) for window in overlapping])
+            scores = iter(score_continuations(model, list(itertools.chain(*windows)), batch_size))
+            return [sum(log_p for log_p, _ in itertools.islice(scores, len(pairs))) for pairs in windows]
+
+        def generate_until(self, requests, disable_tqdm=False):
+            texts = []
+            for prompt, given in progress([request.args for request in requests], "generations"):
+                kwargs = generation.normalize_gen_kwargs(given)
+                temperature = kwargs.get("temperature", 0.0) if kwargs["do_sample"] else 0.0
+                unknown = kwargs.keys() - {"do_sample", "temperature", "top_k", "until", "max_gen_toks"}
+                if unknown and temperature:
+                    raise UserError(f"sampling here knows temperature and top_k, not {', '.join(sorted(unknown))}")
+                options = kwargs["max_gen_toks"], kwargs["until"], temperature, kwargs.get("top_k")
+                texts.append(generate_text(model, encoding, prompt, *options))
+            return texts
+
+    return HarnessModel()
+
+
+def find_tasks(names):
+    """lm_eval's TaskManager and the list of tasks in `names`, separated by commas: names of tasks, groups of tasks, or
+    yaml files. UserError for one that there is not."""
+    manager = prepare_data.optional("lm_eval.tasks", "lm_eval").TaskManager()
+    names = names.split(",")
+    for name in names:
+        if name not in manager.all_tasks and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
+            near = difflib.get_close_matches(name, manager.all_tasks)
+            hint = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists them"
+            raise UserError(f"unknown task {name!r}, neither one of lm_eval's nor a yaml file; {hint}")
+    return manager, names
+
+
+@contextmanager
+def task_errors(names):
+    """Makes an error of lm_eval's, which raises of all kinds for a task that it cannot load or run, a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"lm_eval cannot run {names}: {type(error).__name__}: {error}") from None
+
+
+def convert_questions(task, num_fewshot=None):
+    """The questions of a multiple-choice task of lm_eval's as analyze.py reads them, dicts: `prompt`, with the task's
+    description and `num_fewshot` solved examples (None: as many as the task says), `choices` and `answer`.
+
+    Where a question's choices are contexts with one continuation (Winogrande), `prompt` is the list of the contexts and
+    `choices` has the continuation once for each. UserError for a task that has no such form.
+    """
+    name = task.config.task
+    if task.OUTPUT_TYPE != "multiple_choice":
+        raise UserError(f"task {name} is of output_type {task.OUTPUT_TYPE}; only multiple_choice can be converted")
+    if task.config.target_delimiter != " ":
+        raise UserError(f"task {name} puts {task.config.target_delimiter!r} before a choice; analyze.py puts a space")
+    if num_fewshot is None:
+        num_fewshot = task.config.num_fewshot or 0
+    task.set_fewshot_seed(1234)  # simple_evaluate's own
+    questions = []
+    for doc in task.eval_docs:
+        prompt = task.fewshot_context(doc, num_fewshot=num_fewshot, gen_prefix=task.doc_to_prefix(doc))
+        choices, answer = task.doc_to_choice(doc), task.doc_to_target(doc)
+        if isinstance(prompt, list):
+            choices, answer = [answer] * len(prompt), task.doc_to_text(doc)
+        elif answer in choices:
+            answer = choices.index(answer)
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            where = f"task {name}, question {len(questions) + 1}"
+            raise UserError(f"{where}: the answer {answer!r} is not one of {len(choices)} choices")
+        questions.append({"prompt": prompt, "choices": choices, "answer": answer})
+    return questions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The program
+
+# What the program does -> the settings that it needs, and those that have an effect too.
+ACTIONS = {
+    "export": (["out_dir", "to"], ["family", "max_difference", "overwrite"]),
+    "import_from": (["out_dir"], ["block_size", "text", "max_difference", "overwrite"]),
+    "harness": (["out_dir"], ["to", "num_fewshot", "limit", "batch_size", "device", "overwrite"]),
+    "questions_from": (["to"], ["num_fewshot", "overwrite"]),
+}
 
 
 @dataclass
@@ -696,26 +870,33 @@ class Settings:
     # what
     export: Literal["hf"] | None = None  # hf: write the model of the run in out_dir to the folder --to
     import_from: str | None = None  # a folder with config.json and safetensors: write it as the run out_dir
+    harness: str | None = None  # tasks of lm_eval, with commas, or yaml files: run them on the run in out_dir
+    questions_from: str | None = None  # such tasks, multiple-choice ones: write their questions to the jsonl --to
     out_dir: str | None = None  # the run's folder
-    to: str | None = None  # export: the folder that is written
+    to: str | None = None  # export: the folder that is written; questions_from: the jsonl; harness: results as JSON
     # how
     family: Annotated[str | None, FAMILIES] = None  # export: an architecture; none: the one that the model belongs to
     max_difference: POSITIVE = 1e-3  # the largest difference to transformers' logits that is accepted
     block_size: COUNT | None = None  # import: longest sequence, in tokens; none: as the folder says
     text: list[str] = field(default_factory=list)  # import: files or folders of text, for out_dir/data by its tokenizer
+    num_fewshot: NATURAL | None = None  # tasks: solved examples before each question; none: as each task says
+    limit: COUNT | None = None  # harness: only the first questions of each task
+    batch_size: COUNT = 16  # harness: texts at once
+    device: str = "auto"  # harness: auto, cpu, cuda ...
     overwrite: bool = False  # replace what is there
 
     def __post_init__(self):
-        if (self.export is None) == (self.import_from is None):
-            raise ValueError("give either --export=hf or --import_from=FOLDER")
-        needed = ("out_dir", "to") if self.export else ("out_dir",)
+        actions = [name for name in ACTIONS if getattr(self, name) is not None]
+        if len(actions) != 1:
+            raise ValueError("give one of --export=hf, --import_from=FOLDER, --harness=TASKS, --questions_from=TASKS")
+        needed, others = ACTIONS[actions[0]]
         for name in needed:
             if getattr(self, name) is None:
-                raise ValueError(f"give a folder with --{name}=FOLDER")
-        other = ("block_size", "text") if self.export else ("to", "family")
-        for name in other:
-            if getattr(self, name):
-                raise ValueError(f"{name} has no effect here")
+                raise ValueError(f"--{actions[0]} needs --{name}=PATH too")
+        for name, value in asdict(self).items():
+            is_given = value not in (Settings.__dataclass_fields__[name].default, [])
+            if is_given and name not in [*actions, *needed, *others]:
+                raise ValueError(f"{name} has no effect with --{actions[0]}")
 
 
 def save_run(model, out_dir, tokenizer):
@@ -771,13 +952,51 @@ def import_run(settings):
         print(f"without a tokenizer, so that it cannot be sampled: {reason}")
 
 
+def run_harness(settings):
+    """--harness: lm_eval's table of results for the run in out_dir, and the numbers in the file --to."""
+    check_free(settings)
+    model = harness_model(settings.out_dir, settings.device, settings.batch_size)
+    manager, names = find_tasks(settings.harness)
+    lm_eval, options = prepare_data.optional("lm_eval"), {"num_fewshot": settings.num_fewshot, "limit": settings.limit}
+    with task_errors(settings.harness):
+        results = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, log_samples=False, **options)
+    for column in ("results", "groups"):
+        if results.get(column):
+            print(lm_eval.utils.make_table(results, column))
+    if settings.to:
+        text = json.dumps(results["results"], indent=1, default=float)
+        save_whole(settings.to, lambda file: file.write(text.encode()))
+
+
+def write_questions(settings):
+    """--questions_from: the questions of those tasks, one after another, in the jsonl --to."""
+    check_free(settings)
+    manager, names = find_tasks(settings.questions_from)
+    with task_errors(settings.questions_from):
+        tasks = manager.load(names)["tasks"].values()
+        questions = [q for task in tasks for q in convert_questions(task, settings.num_fewshot)]
+        lines = "".join(json.dumps(q) + "\n" for q in questions)
+    save_whole(settings.to, lambda file: file.write(lines.encode()))
+    print(f"wrote {settings.to}: {len(questions):,} questions")
+
+
+def check_free(settings):
+    """UserError if there is a file --to that may not be replaced."""
+    if settings.to and Path(settings.to).exists() and not settings.overwrite:
+        raise UserError(f"{settings.to} is there already; --overwrite replaces it")
+
+
 def main():
-    settings = configure(Settings, "Folds and exports a run's model, or imports one, in Hugging Face form.")
+    settings = configure(Settings, "Exports a run's model or imports one, in Hugging Face form; runs benchmarks.")
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")  # it says what matters itself
-    if settings.export:
+    if settings.export is not None:
         export_run(settings)
-    else:
+    elif settings.import_from is not None:
         import_run(settings)
+    elif settings.harness is not None:
+        run_harness(settings)
+    else:
+        write_questions(settings)
 
 
 if __name__ == "__main__":

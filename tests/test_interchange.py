@@ -561,10 +561,10 @@ def test_a_run_without_a_tokenizer(tmp_path, monkeypatch, program, transformers)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "give either --export=hf or --import_from=FOLDER"),
+        ("", "give one of --export=hf, --import_from=FOLDER, --harness=TASKS, --questions_from=TASKS"),
         ("--export=onnx --out_dir=x --to=y", "unknown export 'onnx'; known: hf"),
-        ("--export=hf --out_dir=x", "give a folder with --to=FOLDER"),
-        ("--import_from=x --out_dir=y --to=z", "to has no effect here"),
+        ("--export=hf --out_dir=x", "--export needs --to=PATH too"),
+        ("--import_from=x --out_dir=y --to=z", "to has no effect with --import_from"),
         ("--export=hf --out_dir=x --to=y --family=gpt2", "unknown family 'gpt2'; known: llama"),
         ("--export=hf --out_dir=x --to=y --max_difference=0", "max_difference is 0.0; it must be at least"),
         ("--import_from=x --out_dir=y --block_size=0", "block_size is 0; it must be at least 1"),
