@@ -1,6 +1,7 @@
 """What the layers of a trained model do: `python analyze.py out-gpas_pre` measures a run's checkpoint on held-out text.
 
     python analyze.py out-pre out-gpas_pre out-lns             several runs side by side
+    python analyze.py out-pre/ckpt_*.pt                        stages of one run (train.py --keep_every)
     python analyze.py out-pre --metrics=stream,jacobian        some of the measures
     python analyze.py out-pre --choices=questions.jsonl        accuracy, and what each layer's removal costs of it
     python analyze.py out-sweep --baseline=pre                 the runs of a sweep: means over seeds, differences
@@ -1001,6 +1002,11 @@ def load_run(out_dir, device="cpu"):
         raise UserError(f"checkpoint {out_dir}/ckpt.pt cannot be read: {type(error).__name__} {reason}") from None
 
 
+def run_folder(path):
+    """The folder of a run, of which `path` may name a checkpoint, such as out-pre/ckpt_000100.pt (--keep_every)."""
+    return Path(path).parent if Path(path).suffix == ".pt" else Path(path)
+
+
 def find_data(settings, checkpoint):
     """Folder of the data set that the settings or the run name; UserError if it is missing or of another tokenizer."""
     of_run = checkpoint["settings"]
@@ -1318,6 +1324,41 @@ def draw_attention(results, folder):
     return names
 
 
+def draw_first_heads(results, folder):
+    """A^0.2 of head 1 of every layer, a file a run (Sparsity Figure 6)."""
+    names = []
+    for run_name, result in results.items():
+        if "attention" not in result:
+            continue
+        maps = result["attention"]["maps"][:, 0]
+        fig, axes = grid(len(maps), 6, 2.0, 2.0)
+        for l, (axis, A) in enumerate(zip(axes, maps), 1):
+            drawn = image(axis, A**0.2, f"layer {l}", "key", "query", vmin=0, vmax=1)
+        fig.colorbar(drawn, ax=axes, fraction=0.03)
+        file = "first_heads.png" if len(results) == 1 else f"first_heads_{run_name.replace('/', '_')}.png"
+        names.append(save(fig, folder / file, f"{run_name}: head 1 of every layer, (mean over sequences)^0.2"))
+    return names
+
+
+def draw_kurtosis(results, folder):
+    """The kurtosis of each dimension of up to five states, sorted; a panel a run (Sparsity Eq. 19)."""
+    measured = {run_name: result["stream"] for run_name, result in results.items() if "stream" in result}
+    if not measured:
+        return []
+    fig, axes = grid(len(measured))
+    for axis, (run_name, stream_result) in zip(axes, measured.items()):
+        kurtosis = stream_result["kurtosis_per_dim"].cpu()
+        states = spread(len(kurtosis), 5)
+        for i, style in zip(states, line_styles(states).values()):
+            values = kurtosis[i].sort(descending=True).values
+            axis.plot(values.numpy(), label=f"after layer {i}" if i else "embedding", markevery=0.2, **style)
+        axis.set_yscale("log")
+        axis.set_title(run_name, fontsize=8)
+        label(axis, "dimension, sorted", "kurtosis (3: Gaussian)")
+    legend(fig, axes)
+    return [save(fig, folder / "kurtosis.png", "kurtosis over tokens of each dimension of the stream")]
+
+
 # What a run's log holds over training: the axis's label, and whether it spans orders of magnitude.
 LOGGED = {
     "loss": ("training loss, nats", False),
@@ -1326,7 +1367,12 @@ LOGGED = {
     "variance": ("variance", True),
     "attn_variance": ("attention variance", True),
     "mlp_variance": ("MLP variance", True),
+    "magnitude": ("mean |x|", True),
     "largest": ("largest |x|", True),
+    "kurtosis": ("kurtosis", True),
+    "embed_variance": ("variance of the embedding's output", True),
+    "attn_out_gain": ("gain of the attention's output norm", False),
+    "mlp_out_gain": ("gain of the MLP's output norm", False),
     "grad_norms": ("gradient norm, held-out", True),
     "step_grad_norms": ("gradient norm of a step", True),
     "grad_variance": ("gradient variance", True),
@@ -1339,7 +1385,9 @@ def draw_training(results, folder):
     several runs show their last one, or the mean of the gates."""
     import matplotlib
 
-    logs = {run_name: read_log(Path(r["run"]["out_dir"]) / "log.jsonl") for run_name, r in results.items()}
+    folders = [(run_name, run_folder(r["run"]["out_dir"])) for run_name, r in results.items()]
+    stages = {folder: run_name for run_name, folder in reversed(folders)}  # the first of several stages of a run
+    logs = {run_name: read_log(folder / "log.jsonl") for folder, run_name in stages.items()}
     logged = {key for log in logs.values() for record in log for key in record}
     keys = [key for key in LOGGED if key in logged]
     if not keys:
@@ -1374,6 +1422,9 @@ def draw_training(results, folder):
         bar.ax.yaxis.get_major_locator().set_params(integer=True)
     legend(fig, axes)
     return [save(fig, folder / "dynamics.png", "training")]
+
+
+FIGURES = draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_first_heads, draw_kurtosis, draw_training
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1635,9 +1686,9 @@ def main():
     data = {}
     for out_dir in settings.out_dirs:
         data[out_dir] = find_data(settings, load_run(out_dir)[1])
-        read_log(Path(out_dir) / "log.jsonl")
+        read_log(run_folder(out_dir) / "log.jsonl")
     is_single = len(settings.out_dirs) == 1
-    folder = Path(settings.analysis_dir or (settings.out_dirs[0] if is_single else "analysis"))
+    folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
 
     names = [Path(out_dir).name for out_dir in settings.out_dirs]
@@ -1655,7 +1706,7 @@ def main():
     print(f"wrote {folder}/analysis.json")
     if has_matplotlib and settings.figures is not False:
         written = []
-        for draw in (draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_training):
+        for draw in FIGURES:
             written += draw(results, folder)
         print(f"and {', '.join(written)}")
     elif settings.figures is None:

@@ -261,10 +261,10 @@ def train(checkpoint, changes, data, setup, stop):
             # number of them. DDP and FSDP divide the sum of gradients by the number of processes, hence the factor.
             n_targets, loss = count_targets(batches, step, processes), 0
             for i, (x, y, n) in enumerate(batches):
-                with gradients_stay_here(net, is_last=i == len(batches) - 1):
-                    with autocast():
-                        part = net(x, y)[1] * (n * processes.size / n_targets)
-                    part.backward()
+                net.require_backward_grad_sync = i == len(batches) - 1  # DDP exchanges gradients once a step
+                with autocast():
+                    part = net(x, y)[1] * (n * processes.size / n_targets)
+                part.backward()
                 loss = loss + part.detach() / processes.size
             last_batches, batches = batches, read_step(data, step + 1, setup)  # while CUDA computes
             layer_norms = gradient_norms(model) if (step + 1) % settings.log_interval == 0 else None
@@ -680,16 +680,11 @@ def shard_model(model, device, use_compile, init_seed):
 
 
 def exchange_gradients(model, setup):
-    """The model as the steps call it: under several processes, each with the whole model, in DDP."""
+    """The model as the steps call it: under several processes, each with the whole model, in DDP. FSDP exchanges
+    gradients in each micro-step, since the sum of what is not yet exchanged is as large as the whole model."""
     if setup.processes.size == 1 or setup.settings.shard:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)  # it settles here which gradients it waits for
-
-
-def gradients_stay_here(net, is_last):
-    """The context of a micro-step: under DDP gradients are exchanged in the last one only. FSDP exchanges them in each,
-    since the sum of what is not yet exchanged is as large as the whole model."""
-    return net.no_sync() if hasattr(net, "no_sync") and not is_last else nullcontext()
 
 
 def build_optimizer(model, resumed, setup):
@@ -890,38 +885,51 @@ def picture(report, width=40):
 
 
 def stream_report(model, x, y, autocast):
-    """What training does to the stream, per layer, on one batch x, y (B, T):
+    """What training does to the stream, on one batch x, y (B, T). Of each layer, a list:
 
-    variance        of the residual state after the layer, over the hidden dimensions, mean over tokens (Sparsity Eq. 4)
-    magnitude       its mean |x| over tokens and dimensions (Peri-LN Figure 6), and `largest`, its largest |x|
+    variance        of the residual state after it, over the hidden dimensions, mean over tokens (Sparsity Eq. 4)
+    magnitude       mean |x| of that state over tokens and dimensions (Peri-LN Figure 6), and `largest`, its largest |x|
+    kurtosis        of that state's dimensions over tokens, mean over dimensions (Sparsity Eq. 19-20)
     attn_variance   the variance of what the attention adds to the stream, `mlp_variance` of what the MLP adds
     grad_norms      norm of the gradient of the layer's parameters, and `grad_variance`, the variance of its elements
                     (Peri-LN Figure 7), of the loss without routers' terms; what is frozen has no gradient
     gates           the GPAS gates a, two for a layer with one per sub-layer (the scale is 1 - act(a)); absent without
-    """
-    names = "variance", "magnitude", "largest", "attn_variance", "mlp_variance"
-    report = {name: [] for name in names}
+    attn_out_gain, mlp_out_gain   mean gain of the norm B (Peri-LN Figure 9b); absent without
 
-    def note_variance(name, x):
-        report[name].append(x.float().var(-1, correction=0).mean().item())
+    and of the model: embed_variance, the variance of the embedding's output, and top, the 100 largest |x| of all
+    layers' states (Peri-LN Figure 11).
+    """
+    names = "variance", "magnitude", "largest", "kurtosis", "attn_variance", "mlp_variance"
+    report, top = {name: [] for name in names}, []
+
+    def variance(x):
+        return x.float().var(-1, correction=0).mean().item()
 
     def note_state(_, __, x):
-        note_variance("variance", x)
-        report["magnitude"].append(x.float().abs().mean().item())
-        report["largest"].append(x.float().abs().max().item())
+        x = x.float().flatten(0, 1)
+        centered = x - x.mean(0)
+        size, m2, m4 = x.abs(), centered.square().mean(0), centered.pow(4).mean(0)
+        report["variance"].append(variance(x))
+        report["magnitude"].append(size.mean().item())
+        report["largest"].append(size.max().item())
+        report["kurtosis"].append((m4 / m2.square().clamp(min=1e-30)).mean().item())
+        top.extend(size.flatten().topk(min(100, size.numel())).values.tolist())
 
     hooks = []
     for block in model.blocks:
         hooks.append(block.register_forward_hook(note_state))
         for name in ("attn", "mlp"):
             branch_out = getattr(block, f"{name}_residual").branch_out
-            note_branch = lambda _, __, h, key=f"{name}_variance": note_variance(key, h)
+            note_branch = lambda _, __, h, key=f"{name}_variance": report[key].append(variance(h))
             hooks.append(branch_out.register_forward_hook(note_branch))
+    note_embedding = lambda _, inputs: report.update(embed_variance=variance(inputs[0]))
+    hooks.append(model.blocks[0].register_forward_pre_hook(note_embedding))
     model.eval()
     with torch.no_grad(), autocast():  # apart from the backward pass, in which recomputed blocks run again
         model(x)
     for hook in hooks:
         hook.remove()
+    report["top"] = sorted(top, reverse=True)[:100]
     with autocast():
         model(x, y)[1].backward()
     model.train()
@@ -934,6 +942,10 @@ def stream_report(model, x, y, autocast):
     if model.gates():
         gates = [whole(gate.detach()).tolist() for gate in model.gates()]
         report["gates"] = [values[0] if len(values) == 1 else values for values in gates]
+    for name in ("attn", "mlp"):
+        norms = [getattr(block, f"{name}_residual").out_norm for block in model.blocks]
+        if all(getattr(norm, "weight", None) is not None for norm in norms):
+            report[f"{name}_out_gain"] = [whole(norm.weight.detach()).float().mean().item() for norm in norms]
     return report
 
 

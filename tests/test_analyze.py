@@ -599,7 +599,8 @@ def test_figures(program, folder):
     code, out, err = program("out-pre", "out-gpas_pre", "--tokens=128", "--jacobian_tokens=32", "--analysis_dir=both", "--figures")
     assert code == 0, err
     names = "stream parameters importance jacobian attention angular_map removal_map permutation_map jacobian_maps dynamics"
-    expected = {f"{name}.png" for name in names.split()} | {"attention_maps_out-pre.png", "attention_maps_out-gpas_pre.png"}
+    expected = {f"{name}.png" for name in ("kurtosis", *names.split())}
+    expected |= {f"{name}_{run}.png" for name in ("attention_maps", "first_heads") for run in ("out-pre", "out-gpas_pre")}
     written = {path.name for path in (folder / "both").glob("*.png")}
     assert written == expected and all((folder / "both" / name).stat().st_size > 5000 for name in written)
 
@@ -628,6 +629,24 @@ def test_a_measure_of_ones_own(program, folder, monkeypatch):
     assert not has_matplotlib or ("importance.png", ["update"]) in drawn
     code, out, _ = program("--help")
     assert "size of each layer's update" in out
+
+
+def test_stages_of_a_run(program, folder):
+    """Checkpoints of one run that --keep_every left, side by side: their own weights, the one log."""
+    pytest.importorskip("matplotlib")
+    stages = [folder / "out-pre" / f"ckpt_{step:06d}.pt" for step in (1, 2)]
+    for step, path in enumerate(stages, 1):
+        checkpoint = torch.load(folder / "out-pre" / "ckpt.pt", weights_only=True)
+        checkpoint["model"]["lm_head.weight"] *= step
+        torch.save({**checkpoint, "step": step}, path)
+    options = ["--tokens=64", "--metrics=stream,weights", f"--analysis_dir={folder}/stages", "--figures"]
+    code, out, err = program(*map(str, stages), *options)
+    assert code == 0, err
+    runs = json.loads((folder / "stages" / "analysis.json").read_text())["runs"]
+    assert [r["run"]["step"] for r in runs.values()] == [1, 2] and list(runs) == ["ckpt_000001.pt", "ckpt_000002.pt"]
+    assert (folder / "stages" / "dynamics.png").exists() and (folder / "stages" / "stream.png").exists()
+    code, out, err = program(str(stages[0]), "--tokens=64", "--metrics=weights", "--figures=false")
+    assert code == 0 and (folder / "out-pre" / "analysis.json").exists()
 
 
 def test_figures_without_matplotlib(program, monkeypatch):

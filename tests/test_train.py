@@ -941,10 +941,13 @@ def test_stream_report_by_hand():
     sizes = dict(block_size=8, vocab_size=11, n_layer=3, n_embd=16, n_head=2, n_expert=4, n_hidden=8)
     model = GPT(GPTConfig(norm="gpas_sandwich", branch_scale="skipinit", balance_weight=100.0, **sizes)).double()
     torch.nn.init.constant_(model.blocks[1].gate, 0.3)
+    torch.nn.init.uniform_(model.blocks[2].attn_residual.out_norm.weight, 0.5, 2.0)
     x = torch.randint(0, 11, (2, 8))
     report = train.stream_report(model, x, x, contextlib.nullcontext)
     variance = lambda h: ((h - h.mean(-1, keepdim=True)) ** 2).mean().item()
-    h, expected = model.embed_tokens(x), {n: [] for n in ("variance", "magnitude", "largest", "attn_variance", "mlp_variance")}
+    names = "variance", "magnitude", "largest", "kurtosis", "attn_variance", "mlp_variance"
+    h, expected, values = model.embed_tokens(x), {n: [] for n in names}, []
+    assert report["embed_variance"] == pytest.approx(variance(h), rel=1e-5)
     for block in model.blocks:
         scale = 1 - torch.nn.functional.silu(block.gate)
         for name, f in (("attn", block.attn), ("mlp", block.mlp)):
@@ -955,8 +958,14 @@ def test_stream_report_by_hand():
         expected["variance"].append(variance(h))
         expected["magnitude"].append(h.abs().mean().item())
         expected["largest"].append(h.abs().max().item())
-    for name, values in expected.items():
-        assert report[name] == pytest.approx(values, rel=1e-5), name
+        z = (h.flatten(0, 1) - h.flatten(0, 1).mean(0)) / h.flatten(0, 1).std(0, correction=0)
+        expected["kurtosis"].append((z**4).mean().item())
+        values += h.abs().flatten().tolist()
+    for name, per_layer in expected.items():
+        assert report[name] == pytest.approx(per_layer, rel=1e-5), name
+    assert report["top"] == pytest.approx(sorted(values, reverse=True)[:100], rel=1e-5)
+    gains = [block.attn_residual.out_norm.weight.mean().item() for block in model.blocks]
+    assert report["attn_out_gain"] == pytest.approx(gains) and len(report["mlp_out_gain"]) == 3
     assert report["gates"] == pytest.approx([0, 0.3, 0])
     assert all(p.grad is None for p in model.parameters()) and model.training
     model.eval()  # without the router's losses
