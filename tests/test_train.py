@@ -612,6 +612,8 @@ def test_a_length_in_epochs(examples, tmp_path):
     assert f"  {math.ceil(3 * windows / 8):,} steps of 256 tokens" in done.stdout
     shape = train.Settings(epochs=0.1, batch_size=1, gradient_accumulation_steps=1)
     assert train.count_steps(shape, 30) == 3 and train.count_steps(shape, 31) == 4 and train.count_steps(shape, 3) == 1
+    shape.epochs = 1.1  # of which 10 rows are 11.000000000000002
+    assert train.count_steps(shape, 10) == 11
     assert train.Settings(epochs=2.0, max_iters=5).max_iters == 5
 
 
