@@ -39,6 +39,13 @@ def test_variance_grows_on_a_line(norm):
     assert 0.6 < step[8:].mean() / step[:8].mean() < 1.6
 
 
+def test_peri_ln_adds_two_to_the_variance_with_each_layer():
+    """Peri-LN Eq. 4 with beta_0 known: each of a layer's two branches leaves its norm with variance 1, so Var(x_{L+1}) is
+    1 + 2 L after a normalized embedding."""
+    assert variances("peri")[-1].item() == pytest.approx(1 + 2 * 16, rel=0.1)
+    assert variances("sandwich")[-1].item() == pytest.approx(0.4 + 2 * 16, rel=0.1)
+
+
 @pytest.mark.parametrize("norm", ["post", "deepnorm"])
 def test_a_norm_after_the_addition_keeps_the_variance_at_one(norm):
     assert (variances(norm)[1:] - 1).abs().max() < 0.1
