@@ -533,7 +533,7 @@ def server():
 
 
 def test_files_by_address(tmp_path, server, monkeypatch):
-    monkeypatch.setitem(prepare_data.CORPORA, "tinyshakespeare", f"{server}/good.txt")
+    monkeypatch.setitem(prepare_data.CORPORA, "tinyshakespeare", (f"{server}/good.txt", "text"))
     expected = sorted(Handler.text.decode().splitlines())
     for folder in (
         prepare(tmp_path, dataset="tinyshakespeare"),
