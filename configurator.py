@@ -11,7 +11,8 @@
 
 A config file is Python that assigns settings by name (`batch_size = 4`). It runs in a namespace of its own; its names
 that begin with an underscore, imported modules and functions are ignored. Later files and arguments override earlier
-ones. `--help` prints the declaration: each setting with its type, default, limits and comment.
+ones. A program may accept lists of values too: `--batch_size=4,8`. `--help` prints the declaration: each setting with
+its type, default, limits and comment.
 """
 
 import dataclasses

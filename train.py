@@ -1422,7 +1422,7 @@ class Trial:
             newest = max(paths, key=os.path.getmtime, default=None)
             is_its = newest and os.path.getmtime(newest) >= self.started
             records = read_log(newest) if is_its else []
-        except (FileNotFoundError, UserError):  # it has just changed its name, or is damaged: then the run itself says so
+        except (FileNotFoundError, UserError):  # renamed just now, or damaged: then the run itself says so
             return
         for record in records:
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)
