@@ -979,7 +979,7 @@ def mistakes(config):
         "norm_groups": ("groupnorm" in kinds, "norm_type=groupnorm"),
         "dyt_alpha": ("dyt" in kinds, "norm_type=dyt"),
         "layerscale_init": (c.branch_scale == "layerscale", "branch_scale=layerscale"),
-        "s_position": (scheme.s and not (c.s_position == "residual" and some_c), "a scheme with s and no C, such as lns"),
+        "s_position": (scheme.s and (c.s_position != "residual" or not some_c), "a scheme with s and no C, as lns"),
         "freeze_out_gain": (c.norm_affine and any("B" in p for p in places), "gains of norms at B"),
         "norm_affine": (c.s_position != "gain", "an s_position other than gain"),
         "v_norm": (c.qk_norm != "none", "qk_norm=head or full"),

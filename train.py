@@ -574,6 +574,13 @@ def find_data(settings):
     return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
 
 
+def resolve_epochs(settings):
+    """Sets max_iters where epochs say it, before the run opens its data."""
+    if settings.max_iters is None:
+        data = TokenData(find_data(settings), "train", settings.block_size, 2**31, rows=settings.rows)
+        settings.max_iters = count_steps(settings, len(data))
+
+
 def count_steps(settings, n_rows):
     """The steps of settings.epochs passes over n_rows rows; the last step may begin another pass."""
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
@@ -1322,10 +1329,7 @@ def plan(settings):
     model on the meta device. Only epochs need the data, to count them."""
     known = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
     known["vocab_size"] = settings.vocab_size or prepare_data.byte_encoding().n_vocab
-    if settings.max_iters is None:
-        folder = prepare_data.find_data(settings.dataset, settings.data_dir, "train")
-        data = TokenData(folder, "train", settings.block_size, known["vocab_size"], rows=settings.rows)
-        settings.max_iters = count_steps(settings, len(data))
+    resolve_epochs(settings)
     with torch.device("meta"):
         model = GPT(GPTConfig(**known))
     count, G = model.count_params(), 1e9
@@ -1489,6 +1493,7 @@ def build_trial(name, folder, given):
     """The Trial of a combination as its folder holds it. UserError if the run there has other settings, or is being
     trained."""
     trial = Trial(name, folder, given, build_settings(Settings, {**settings_of_run(given)[0], **given}))
+    resolve_epochs(trial.settings)
     if trial.settings.overwrite or not folder.is_dir():
         return trial
     with prepare_data.locked(folder, f"training in {folder}"):

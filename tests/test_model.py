@@ -447,7 +447,7 @@ def test_lns_with_scaled_initialization_warns():
         (dict(norm="pre", gate_init=0.1), "it needs a gpas_ scheme"),
         (dict(norm="gpas_pre", gpas_act="gelu"), "unknown gpas_act 'gelu'; known: silu, identity"),
         (dict(norm="gpas_mix", gpas_position="norm"), "it needs a norm at A in every layer"),
-        (dict(norm="pre", s_position="branch"), "it needs a scheme with s and no C"),
+        (dict(norm="pre", s_position="branch"), "it needs a scheme with s and no C, as lns"),
         (dict(norm="pre", freeze_out_gain=True), "it needs gains of norms at B"),
         (dict(norm="pre", v_norm=True), "it needs qk_norm"),
         (dict(norm="pre", qk_norm_type="layernorm"), "it needs qk_norm"),
