@@ -1,5 +1,5 @@
-"""interchange.py's benchmarks: scores and generations against straight-line computations, and lm-evaluation-harness with
-our model against analyze.py and against its own `hf` model of the exported run."""
+"""interchange.py's benchmarks: scores and generations against straight-line computations; lm-evaluation-harness with our
+model against analyze.py, and against its own `hf` model of the exported run."""
 
 import functools
 import json
@@ -72,6 +72,7 @@ class Scripted(GPT):
         self.calls.append((idx.shape[1], n, temperature, top_k))
         said = self.calls[0][0]
         more = self.script[idx.shape[1] - said :][:n]
+        assert len(more) == n
         return torch.cat([idx, torch.tensor([more])], dim=1)
 
 
