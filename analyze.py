@@ -663,21 +663,23 @@ removal, permutation = as_function(Removal), as_function(Permutation)
 def multiple_choice(model, questions, encoding, batch_size=16):
     """Accuracy on multiple-choice questions, and what the removal of each layer costs (LNS section 3), a dict:
 
-    accuracy     float  share of the questions whose best choice is the answer
+    accuracy     float  share of the questions whose best choice is the answer: acc_norm of EleutherAI's harness
+    acc          float  the same where the best choice is the one of greatest log-likelihood, undivided: its acc
     score_drop   (L)    accuracy - accuracy(without l): positive when the layer matters
     n_questions  int
 
-    `questions`: dicts with `prompt`, `choices` (strings) and `answer` (index of a choice, or its text). The best choice
-    has the greatest log-likelihood of ' ' + choice after the prompt, divided by the choice's length in characters: the
-    acc_norm of EleutherAI's harness, with its tokenization (of prompt and choice as one text, the white space between
-    them with the choice) and its cut of the left end where they exceed the block size. An empty prompt is the start of
-    a document.
+    `questions`: dicts with `prompt`, `choices` (strings) and `answer` (index of a choice, or its text); `prompt` may be
+    a list, one for each choice (Winogrande: two contexts, one continuation). The best choice has the greatest
+    log-likelihood of ' ' + choice after its prompt, divided by the choice's length in characters, with the harness's
+    tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut of the
+    left end where they exceed the block size. An empty prompt is the start of a document.
     """
     rows, block_size = [], model.config.block_size
     for q in questions:
-        for choice in q["choices"]:
-            before = prepare_data.encode(encoding, q["prompt"].rstrip()).tolist()
-            after = prepare_data.encode(encoding, q["prompt"] + " " + choice).tolist()[len(before) :]
+        prompts = q["prompt"] if isinstance(q["prompt"], list) else [q["prompt"]] * len(q["choices"])
+        for prompt, choice in zip(prompts, q["choices"]):
+            before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
+            after = prepare_data.encode(encoding, prompt + " " + choice).tolist()[len(before) :]
             if len(after) > block_size:
                 text = f"choice {choice[:40]!r} has {len(after)} tokens"
                 raise UserError(f"{text}, more than the block size {block_size}")
@@ -696,13 +698,16 @@ def multiple_choice(model, questions, encoding, batch_size=16):
             ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
             logits = (model.lm_head(model.norm(h)).float().transpose(1, 2) for h in ends)
             likelihood += torch.stack([-F.cross_entropy(z, targets, reduction="none").sum(1) for z in logits], dim=1)
-    correct, likelihood = zeros(model, L + 1), iter(likelihood)
+    correct, correct_undivided, likelihood = zeros(model, L + 1), 0, iter(likelihood)
     for q in questions:
-        per_character = torch.stack([next(likelihood) / max(1, len(choice)) for choice in q["choices"]])
+        scores = torch.stack([next(likelihood) for _ in q["choices"]])  # (choices, 1 + L)
+        lengths = torch.tensor([[max(1, len(choice))] for choice in q["choices"]], device=device)
         answer = q["answer"] if isinstance(q["answer"], int) else q["choices"].index(q["answer"])
-        correct += per_character.argmax(0) == answer
-    accuracy = correct / len(questions)
-    return {"accuracy": accuracy[0].item(), "score_drop": accuracy[0] - accuracy[1:], "n_questions": len(questions)}
+        correct += (scores / lengths).argmax(0) == answer
+        correct_undivided += scores[:, 0].argmax().item() == answer
+    accuracy, n = correct / len(questions), len(questions)
+    drop = accuracy[0] - accuracy[1:]
+    return {"accuracy": accuracy[0].item(), "acc": correct_undivided / n, "score_drop": drop, "n_questions": n}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -873,7 +878,7 @@ MEASURES = {
 
     "choices": Measure("multiple-choice accuracy, and without each layer", multiple_choice, "importance", [
         Column("accuracy drop", "score_drop", "accuracy - accuracy without the layer"),
-    ], {"accuracy": "accuracy"}),
+    ], {"accuracy": "accuracy", "accuracy, undivided": "acc"}),
 
     "stream": Measure("variance, magnitude, kurtosis and largest values of the residual states", Stream, "stream", [
         Column("variance", "variance", log=True),
@@ -1048,15 +1053,17 @@ def read_questions(path):
             q = json.loads(line)
             prompt, choices, answer = q["prompt"], q["choices"], q["answer"]
             is_index = type(answer) is int and 0 <= answer < len(choices)
-            good = type(choices) is list and all(type(text) is str for text in [prompt, *choices])
-            good = good and len(choices) > 0 and (is_index or answer in choices)
-            "".join([prompt, *choices]).encode()  # half of a surrogate pair has no bytes
+            prompts = prompt if type(prompt) is list else [prompt] * len(choices)
+            good = type(choices) is list and all(type(text) is str for text in [*prompts, *choices])
+            good = good and len(choices) == len(prompts) > 0
+            good = good and (is_index or (answer in choices and type(prompt) is str))
+            "".join([*prompts, *choices]).encode()  # half of a surrogate pair has no bytes
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
             raise UserError(
-                f"{path}:{number} is not a question: an object with prompt, choices (strings) and answer "
-                "(an index from 0, or one of the choices)"
+                f"{path}:{number} is not a question: an object with prompt (or a list, one for each choice), "
+                "choices (strings) and answer (an index from 0, or one of the choices)"
             )
         questions.append(q)
     if not questions:
@@ -1433,7 +1440,8 @@ FIGURES = draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_firs
 # Settings that follow from others where they are not given: one that another setting decides is not a difference.
 DERIVED = "n_kv_head head_dim n_hidden max_iters gate_init".split()
 DERIVED += "norm_type embed_norm qk_norm v_norm branch_scale init".split()  # a scheme's row brings them along
-IGNORED = "out_dir overwrite init_from device jobs freeze_gates".split()
+IGNORED = "out_dir overwrite init_from device jobs freeze_gates vocab_size".split()
+IGNORED += "eval_iters last_eval_iters eval_interval log_interval keep_every sample_tokens".split()  # how it is watched
 
 
 def read_sweep(folder, settings, device):
@@ -1479,7 +1487,7 @@ def read_sweep(folder, settings, device):
 
 def differing(given):
     """The settings in which runs differ, {name: value} each: norm first, the seed last."""
-    known = {name for of_run in given for name in of_run}.difference(IGNORED)
+    known = set.intersection(*(set(of_run) for of_run in given)).difference(IGNORED)
     differ = [name for name in known if len({of_run.get(name) for of_run in given}) > 1]
 
     def decides(one, other):
@@ -1600,7 +1608,7 @@ def draw_bands(runs, folder):
             for title, values in entry["columns"].items():
                 points = list(enumerate(values.tolist(), 1))
                 panels.setdefault(("layers", title), {}).setdefault(line, []).append(points)
-            for title, points in entry["curves"].items():
+            for title, points in ((t, p) for t, p in entry["curves"].items() if p):
                 panels.setdefault(("training", title), {}).setdefault(line, []).append(points)
     written = []
     for kind, xlabel in (("layers", "layer"), ("training", "step")):
@@ -1626,6 +1634,14 @@ def draw_bands(runs, folder):
     return written
 
 
+def same_number(text, value):
+    """Whether a text, such as 1e-3, is the number `value`."""
+    try:
+        return type(value) in (int, float) and float(text) == value
+    except ValueError:
+        return False
+
+
 def is_sweep(folder):
     """Whether a folder holds runs instead of being one."""
     folder = Path(folder)
@@ -1637,12 +1653,16 @@ def analyze_sweep(settings, device, has_matplotlib):
     folder = Path(settings.out_dirs[0])
     runs = read_sweep(folder, settings, device)
     if not any(name != "seed" for name in runs[0]["settings"]):
-        raise UserError(f"the {len(runs)} runs in {folder} differ in no setting but the seed")
+        what = f"the {len(runs)} runs with a checkpoint in {folder} differ in no setting but the seed"
+        raise UserError(f"{what}; if more were to be trained, give the command of the sweep again")
     first = next(iter(runs[0]["settings"]))
     values = {str(entry["settings"][first]): entry["settings"][first] for entry in runs}
-    if settings.baseline is not None and settings.baseline not in values:
-        raise UserError(f"baseline is {settings.baseline!r}; {first} is one of {', '.join(values)}")
-    baseline = values[settings.baseline] if settings.baseline is not None else next(iter(values.values()))
+    baseline = next(iter(values.values()))
+    if settings.baseline is not None:
+        same = [v for text, v in values.items() if settings.baseline == text or same_number(settings.baseline, v)]
+        if not same:
+            raise UserError(f"baseline is {settings.baseline!r}; {first} is one of {', '.join(values)}")
+        baseline = same[0]
     text = sweep_tables(runs, baseline)
     print(text)
     save_whole(folder / "sweep.md", lambda file: file.write(text.encode()))
@@ -1676,9 +1696,9 @@ def main():
     has_matplotlib = find_spec("matplotlib") is not None
     if settings.figures and not has_matplotlib:
         raise UserError("figures need matplotlib: pip install matplotlib")
-    if is_sweep(settings.out_dirs[0]):
+    if sweeps := [out_dir for out_dir in settings.out_dirs if is_sweep(out_dir)]:
         if len(settings.out_dirs) > 1:
-            raise UserError(f"{settings.out_dirs[0]} is a sweep: name it alone")
+            raise UserError(f"{sweeps[0]} is a sweep: name it alone")
         analyze_sweep(settings, device, has_matplotlib)
         return
     if settings.baseline is not None:

@@ -1053,6 +1053,8 @@ def check_out_dir(settings):
     has_run = any(f.exists() and f.stat().st_size for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl"))
     if has_run and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
+    if any(out_dir.glob("*/ckpt.pt")):
+        raise UserError(f"{out_dir} holds the runs of a sweep: name another folder with --out_dir")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir {out_dir} is not a folder")
 
@@ -1462,6 +1464,8 @@ def sweep(given, processes, stop):
     if given.get("init_from") == "resume":
         raise UserError("a sweep goes on where it was interrupted by the same command: leave out init_from=resume")
     folder, trials, known_flops = Path(given.get("out_dir") or "out-sweep"), [], {}
+    if (folder / "ckpt.pt").exists():
+        raise UserError(f"{folder} holds a run of its own: name another folder for the sweep with --out_dir")
     for values in itertools.product(*lists.values()):
         combination = dict(zip(lists, values))
         name = ",".join(f"{setting}={value}" for setting, value in combination.items()).replace("/", "_")

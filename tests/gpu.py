@@ -294,7 +294,8 @@ def train(c, folder, *args, start=()):
     header[:3] = 20240520, 1, len(tokens)  # the shards of llm.c
     for split in ("train", "val"):
         (folder / f"{split}_0.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    command = [sys.executable, *start, str(ROOT / "train.py"), *args, "--dataset=.", "--out_dir=run", "--eval_iters=1"]
+    command = [sys.executable, *start, str(ROOT / "train.py"), *args, "--dataset=.", "--rows=windows"]
+    command += ["--out_dir=run", "--eval_iters=1"]
     command += [f"--device={c.device}", "--dtype=bfloat16", "--norm=gpas_pre"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60 * c.minutes)

@@ -448,7 +448,7 @@ def test_multiple_choice():
     questions[0]["answer"] = questions[0]["choices"][0]
     result = analyze.multiple_choice(model, questions, encoding, batch_size=7)
 
-    def accuracy(blocks):
+    def accuracy(blocks, per_character=True):
         right = 0
         for i, q in enumerate(questions):
             scores = []
@@ -457,14 +457,24 @@ def test_multiple_choice():
                 ids = torch.tensor([(prompt + rest)[-25:]])
                 x = run_blocks(model, ids[:, :-1], blocks)[-1]
                 logp = model.lm_head(model.norm(x)).log_softmax(-1)[0, -len(rest) :]
-                scores.append(sum(logp[t, c].item() for t, c in enumerate(rest)) / len(choice))
+                score = sum(logp[t, c].item() for t, c in enumerate(rest))
+                scores.append(score / len(choice) if per_character else score)
             right += scores.index(max(scores)) == i % 3
         return right / len(questions)
 
     full = accuracy(model.blocks)
     assert result["accuracy"] == pytest.approx(full) and result["n_questions"] == 24
+    assert result["acc"] == pytest.approx(accuracy(model.blocks, per_character=False))
     close(result["score_drop"], [full - accuracy([b for l, b in enumerate(model.blocks) if l != s]) for s in range(4)])
     assert result["score_drop"].abs().max() > 0
+    # two contexts and one continuation: the first is likelier where its choice is, read as two questions of one choice
+    pair = {"prompt": ["abc", "fgh"], "choices": ["de", "de"], "answer": 0}
+    scores = []
+    for prompt in pair["prompt"]:
+        ids = torch.tensor([list((prompt + " de").encode())])
+        logp = model.lm_head(model.norm(run_blocks(model, ids[:, :-1], model.blocks)[-1])).log_softmax(-1)[0]
+        scores.append(sum(logp[t, ids[0, t + 1]].item() for t in range(2, 5)))
+    assert analyze.multiple_choice(model, [pair], encoding)["acc"] == float(scores[0] > scores[1])
     questions[1]["choices"][0] = "x" * 30
     with pytest.raises(UserError, match="31 tokens, more than the block size 24"):
         analyze.multiple_choice(model, questions, encoding)

@@ -65,6 +65,7 @@ def test_the_settings_that_differ(runs):
     """The scheme, the rate and the seed, in this order; not what the scheme's row or the folder decides."""
     assert [list(run["settings"]) for run in runs] == [["norm", "learning_rate", "seed"]] * len(runs)
     assert analyze.differing([{"n_embd": 8, "n_hidden": 24, "seed": 1}, {"n_embd": 16, "n_hidden": 48, "seed": 1}]) == ["n_embd"]
+    assert analyze.differing([{"norm": "a", "rows": "x"}, {"norm": "b"}]) == ["norm"]  # an earlier run had no such setting
     assert analyze.differing([{"n_kv_head": 1, "seed": 1}, {"n_kv_head": 2, "seed": 2}]) == ["n_kv_head", "seed"]
 
 
@@ -121,6 +122,7 @@ def test_mistakes(sweep, tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "seeds", 2.1, norm="pre", seed=2)
     for args, message in (
         ([sweep, "--baseline=post"], "baseline is 'post'; norm is one of gpas_lns, pre"),
+        ([sweep / "norm=pre,learning_rate=0.1,seed=1", sweep], "is a sweep: name it alone"),
         ([sweep, sweep / "norm=pre,learning_rate=0.1,seed=1"], "is a sweep: name it alone"),
         ([tmp_path / "empty"], "no checkpoint"),
         ([tmp_path / "seeds"], "differ in no setting but the seed"),

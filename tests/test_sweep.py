@@ -228,3 +228,21 @@ def test_killed_runs_and_sweeps_go_on(folder):
     done = call(*args, f"--max_iters={last}", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert steps(folder / "killed") == {"seed=1": last, "seed=2": last}
+
+
+def test_a_run_and_a_sweep_do_not_share_a_folder(swept):
+    """Either would hide the other from analyze.py."""
+    assert call("tiny.py", "--norm=pre", "--out_dir=lonely", cwd=swept).returncode == 0
+    before = files(swept / "lonely")
+    done = call("tiny.py", "--norm=pre,lns", "--out_dir=lonely", cwd=swept)
+    assert done.returncode == 2 and "lonely holds a run of its own" in done.stderr and files(swept / "lonely") == before
+    done = call("tiny.py", "--norm=pre", "--out_dir=out-sweep", cwd=swept)
+    assert done.returncode == 2 and "out-sweep holds the runs of a sweep" in done.stderr
+
+
+def test_epochs_in_a_sweep(folder):
+    done = call("tiny.py", "--max_iters=none", "--epochs=0.001", "--seed=1,2", "--out_dir=epochs", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    data = prepare_data.TokenData(folder / "data" / "d", "train", 16, 257)
+    expected = train.count_steps(train.Settings(epochs=0.001, batch_size=2, gradient_accumulation_steps=1), len(data))
+    assert set(steps(folder / "epochs").values()) == {expected}
