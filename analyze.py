@@ -77,7 +77,7 @@ class Settings:
     layers: str = "all"  # whose Jacobians: numbers from 1, with commas between, or all
     own_token: bool = False  # Jacobian of each token's output by the same token's input, without cross-token terms
     choices: str | None = None  # a jsonl of multiple-choice questions: prompt, choices, answer
-    baseline: str | None = None  # a sweep: the value of its first setting to compare others with; none: the first
+    baseline: str | None = None  # a sweep: value of its first setting to compare with; none: the first by name
     # data
     dataset: str | None = None  # a folder in data_dir, or a path; none: the run's
     data_dir: str | None = None  # where data sets are; none: the run's
