@@ -116,6 +116,24 @@ def test_figures(sweep, monkeypatch, capsys):
         assert text.lstrip().startswith("<?xml") and len(text) < 150_000
 
 
+def test_a_baseline_is_a_number_however_it_is_written():
+    assert analyze.same_number("1e-3", 0.001) and analyze.same_number("4", 4)
+    assert not analyze.same_number("pre", 0.001) and not analyze.same_number("1e-3", "pre")
+
+
+def test_a_run_that_logged_no_training_loss(tmp_path, monkeypatch, capsys, recwarn):
+    """Shorter than log_interval: it has no curve of the loss, and the others are drawn without a warning."""
+    pytest.importorskip("matplotlib")
+    for norm in ("pre", "lns"):
+        for seed in (1, 2):
+            make_run(tmp_path, 2.0 + seed, norm=norm, seed=seed)
+            log = tmp_path / f"norm={norm},seed={seed}" / "log.jsonl"
+            lines = [line for line in log.read_text().splitlines() if '"loss"' not in line]
+            log.write_text("\n".join(lines) + "\n")
+    code, out, err = program(monkeypatch, capsys, tmp_path)
+    assert code == 0 and err == "" and "training.svg" in out
+
+
 def test_mistakes(sweep, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     make_run(tmp_path / "seeds", 2.0, norm="pre", seed=1)
