@@ -1,4 +1,4 @@
-"""Growth with depth at initialization, for results/README.md: `python results/theory.py` (three minutes on one core).
+"""Growth with depth at initialization, for results/README.md: `python results/theory.py` (about five minutes on one core).
 
 For models of L = 4 ... 64 layers x 128 at their initial weights, matrices of variance 1/128, three seeds:
 

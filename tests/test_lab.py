@@ -132,6 +132,7 @@ def test_a_run_that_logged_no_training_loss(tmp_path, monkeypatch, capsys, recwa
             log.write_text("\n".join(lines) + "\n")
     code, out, err = program(monkeypatch, capsys, tmp_path)
     assert code == 0 and err == "" and "training.svg" in out
+    assert not [w for w in recwarn if "degrees of freedom" in str(w.message)]
 
 
 def test_mistakes(sweep, tmp_path, monkeypatch, capsys):
