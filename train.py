@@ -1317,8 +1317,8 @@ def errors_told_once(processes):
                 ) from None
         raise
     finally:
-        gc.collect()
         if dist.is_initialized():
+            gc.collect()
             dist.destroy_process_group()
 
 

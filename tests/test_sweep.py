@@ -194,10 +194,12 @@ def test_killed_runs_and_sweeps_go_on(folder):
         sweep = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         later = lambda run: (run / "log.jsonl").exists() and log(run)[-1]["step"] > before[run] + 5
         wait_for(lambda: all(map(later, runs)), "the runs do not train")
-        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
-        rows = [line.split(None, 2) for line in table.splitlines()]
-        of_sweep = {args.split("seed=")[1][0]: int(pid) for pid, parent, args in rows if int(parent) == sweep.pid}
-        return sweep, of_sweep["1"], of_sweep["2"]
+        table = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+        pids = {}
+        for pid, parent, args in (line.split(None, 2) for line in table.splitlines()):
+            if int(parent) == sweep.pid and "seed=" in args:  # the sweep can have other children
+                pids[args.split("seed=")[1][0]] = int(pid)
+        return sweep, pids["1"], pids["2"]
 
     sweep, first, second = start()
     twice = call(*args, cwd=folder)
