@@ -72,7 +72,7 @@ class Settings:
 
 
 # The sizes with --device=cpu.
-TINY = {"schemes": "pre,post", "backend": "aot_eager", "pairs": 2, "n_layer": 1, "n_layer_small": 1, "n_embd": 32}
+TINY = {"schemes": "pre,post", "backend": "eager", "pairs": 2, "n_layer": 1, "n_layer_small": 1, "n_embd": 32}
 TINY |= {"n_head": 2, "vocab_size": 257, "block_size": 32, "batch_size": 2, "peak_width": 128}
 TINY["train_args"] = (
     "--n_layer=1 --n_embd=32 --n_hidden=64 --n_head=2 --vocab_size=257 --block_size=32 --batch_size=2 "

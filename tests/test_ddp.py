@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_train import SHORT, SMALL, Masked, call, equal, folder, losses, read_log  # noqa: F401
+from test_train import EIGHT_STEPS, SHORT, SMALL, Masked, call, equal, examples, folder, losses, read_log  # noqa: F401
 
 import train
 
@@ -24,7 +24,7 @@ RUN = [*SMALL, *SHORT, "--gradient_accumulation_steps=4", "--log_interval=1", "-
 # Several runs in one start of torchrun, which takes as long as all of them: each a list of arguments, and with names of
 # its own in the store, as it would have after a start of its own.
 WORKER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 from unittest import mock
 import numpy as np, torch
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -43,6 +43,7 @@ def counted(*args, **kwargs):
     return net
 
 rate = train.learning_rate
+gc.freeze()  # each run ends with a pass of the garbage collector, which need not look at the libraries
 store, *place = next(train.dist.rendezvous("env://"))
 for i, args in enumerate(json.loads(sys.argv[1])):
     train.dist.rendezvous = lambda url: iter([(torch.distributed.PrefixStore(str(i), store), *place)])
@@ -79,7 +80,7 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory):  # noqa: F811
+def runs(folder, examples, tmp_path_factory):  # noqa: F811
     """{name: {"exit": codes, "exchanges": counts}} of some runs in two processes, and what they said."""
     script = tmp_path_factory.mktemp("worker") / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
@@ -90,6 +91,7 @@ def runs(folder, tmp_path_factory):  # noqa: F811
         "float64": [*RUN, *small_rate, "--norm=gpas_pre", "--out_dir=two-float64", ":count"],
         "float32": [*RUN, *small_rate, "--norm=gpas_deepnorm", "--out_dir=two-float32", "--dtype=float32"],
         "masked": [*RUN, "--batch_size=1", "--out_dir=two-masked", ":mask"],
+        "documents": [*EIGHT_STEPS, "--out_dir=two-documents"],
         "whole": [*RUN, *lisa, "--out_dir=two-whole"],
         "stopped": [*RUN, *lisa, "--out_dir=two-parts", ":stop"],
         "resumed": ["--out_dir=two-parts", "--init_from=resume", "--dtype=float32", "--device=cpu"],
@@ -142,6 +144,14 @@ def test_masked_targets_weigh_the_same_in_two_processes(folder, runs, monkeypatc
     monkeypatch.setattr(train, "TokenData", Masked)
     assert call(*RUN, "--batch_size=1", "--out_dir=one-masked", cwd=folder).returncode == 0
     assert_close(losses(folder / "one-masked"), losses(folder / "two-masked"), 1e-9)
+
+
+def test_rows_of_documents_weigh_the_same_in_two_processes(folder, runs):  # noqa: F811
+    """Each process has other numbers of targets in its rows; their sum is what a single process counts."""
+    assert call(*EIGHT_STEPS, "--out_dir=one-documents", cwd=folder).returncode == 0
+    assert_close(losses(folder / "one-documents"), losses(folder / "two-documents"), 1e-9)
+    one, two = (read_log(folder / f"{name}-documents" / "log.jsonl") for name in ("one", "two"))
+    assert [(r["step"], r["tokens"]) for r in one] == [(r["step"], r["tokens"]) for r in two] and one[-1]["tokens"] > 0
 
 
 def test_a_signal_to_one_process_stops_both_and_the_run_resumes_to_the_bit(folder, runs):  # noqa: F811

@@ -525,6 +525,7 @@ def examples(folder):
 
 
 EXAMPLES = [a for a in SMALL if a != "--dataset=d"] + ["--dataset=sft", "--rows=documents", "--device=cpu", "--log_interval=1"]
+EIGHT_STEPS = [*EXAMPLES, "--max_iters=8", "--eval_interval=3", "--eval_iters=2", "--dtype=float64", "--sample_tokens=2"]
 
 
 @pytest.mark.parametrize("norm", ["pre", "gpas_deepnorm", "peri"])
@@ -556,24 +557,20 @@ def test_a_padded_batch_is_its_examples_one_by_one(examples, norm):
 
 
 def test_tokens_of_a_run_are_its_targets(examples, tmp_path):
-    """Neither padding nor prompts; to the token after a stop and a resume, and in two processes."""
-    args = [*EXAMPLES, "--max_iters=8", "--eval_interval=3", "--eval_iters=2", "--dtype=float64", "--sample_tokens=2"]
+    """Neither padding nor prompts; to the token after a stop and a resume (and in two processes: test_ddp.py)."""
+    args = EIGHT_STEPS
     assert call(*args, f"--out_dir={tmp_path}/whole", cwd=examples).returncode == 0
     with at_step(4, terminate):
         assert call(*args, f"--out_dir={tmp_path}/parts", cwd=examples).returncode == 143
     done = call("--init_from=resume", f"--out_dir={tmp_path}/parts", "--device=cpu", "--dtype=float64", cwd=examples)
     assert done.returncode == 0 and "documents of up to 32 tokens" in done.stdout
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *args]
-    done = subprocess.run([*two, f"--out_dir={tmp_path}/two"], cwd=examples, capture_output=True, text=True, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
     data = prepare_data.TokenData(examples / "data" / "sft", "train", 32, 257, 1337, rows="documents")
     counts = [int((data.rows(0, 8 * step)[1] >= 0).sum()) for step in range(9)]
-    for name, tolerance in (("whole", 0), ("parts", 0), ("two", 1e-9)):
+    for name in ("whole", "parts"):
         log = read_log(tmp_path / name / "log.jsonl")
         assert {(r["step"], r["tokens"]) for r in log} == set(enumerate(counts))
         assert train.open_checkpoint(tmp_path / name)["tokens"] == counts[-1]
-        for row, other in zip(losses(tmp_path / name), losses(tmp_path / "whole"), strict=True):
-            assert [v for v in row if v is not None] == pytest.approx([v for v in other if v is not None], rel=tolerance)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     # the validation loss is over documents too
     val = prepare_data.TokenData(examples / "data" / "sft", "val", 32, 257, rows="documents")
     checkpoint = train.open_checkpoint(tmp_path / "whole")
