@@ -35,13 +35,10 @@ import torch.nn as nn
 import prepare_data
 from analyze import load_run
 from configurator import COUNT, NATURAL, POSITIVE, UserError, build_settings, configure, progress, run, save_whole
-from model import GPAS_ACTS, GPT, SCHEMES, GPTConfig, MoE, Norm, find_device, find_scheme
+from model import GPT, SCHEMES, GPTConfig, MoE, Norm, find_device, find_scheme, gate_scale
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folding: the gates become plain weights
-
-GPAS_SETTINGS = "gpas_act", "gpas_position", "gpas_stop_gradient", "gate_init", "gate_per"
-
 
 @torch.no_grad()
 def fold(model):
@@ -62,26 +59,22 @@ def fold(model):
 
     The result's config has norm without gpas_, a gain in every norm, and s in the gains (s_position=gain). Its norms
     have eps of their own, which a checkpoint does not hold: fold after loading, not before saving. ValueError, naming
-    the layer, for a gate that scales by 0, for gates whose product the weights' dtype cannot hold, and for b2t around
+    the layer, for gates whose product S float32 or the weights' dtype cannot hold (norms square u), and for b2t around
     an attention without a norm at C, where the layer's input would need a factor of its own.
     """
     # A training step leaves router losses that hang on its graph, which deepcopy refuses.
     moes = [m for m in model.modules() if isinstance(m, MoE) and hasattr(m, "z_loss")]
     plain = copy.deepcopy(model, {id(loss): loss.detach() for m in moes for loss in (m.balance_loss, m.z_loss)})
-    plain.config = replace(
-        model.config,
-        norm=model.config.norm.removeprefix("gpas_"),
-        norm_affine=True,
-        s_position="gain" if find_scheme(model.config.norm)[0].s else "norm",
-        **{name: GPTConfig.__dataclass_fields__[name].default for name in GPAS_SETTINGS},
-    )
+    name, s_position = model.config.norm.removeprefix("gpas_"), "gain" if find_scheme(model.config.norm)[0].s else "norm"
+    no_gates = dict(gpas_act="silu", gpas_position="sublayer", gpas_stop_gradient=True, gate_init=None, gate_per="layer")
+    plain.config = replace(model.config, norm=name, norm_affine=True, s_position=s_position, **no_gates)
     for name, norm in plain.named_modules():
         if isinstance(norm, Norm) and norm.weight is None:
             give_gain(norm, name.rpartition(".")[2], plain)
 
     S = 1.0
     for l, block in enumerate(plain.blocks, 1):
-        gates = gate_scales(block, l)
+        gates = [1.0] if block.gate is None else gate_scale(block.gate, block.gpas_act).tolist()
         block.gate = None
         attn_factors = take_factors(block.attn_residual, gates[0])
         mlp_factors = take_factors(block.mlp_residual, gates[-1])
@@ -95,7 +88,7 @@ def fold(model):
                 scale_norm_input(residual.pre_norm, S)
                 scale_norm_output(residual.pre_norm, factors["norm"])
             else:
-                scale_input(f, S * factors["norm"])
+                scale_matrices(f, FIRST, S * factors["norm"])
             if residual.post_norm is None:
                 scale_branch(residual, f, factors["branch"] / S)
                 S *= factors["stream"]
@@ -110,25 +103,15 @@ def fold(model):
                 scale_norm_output(residual.post_norm, 1 / S)
             elif block.b2t and not math.isclose(D, layer_S):
                 raise ValueError(f"layer {l}: b2t adds the layer's input past a gate, which no weight can take up")
-        if not all(p.isfinite().all() for p in block.parameters()) or not 1e-30 < abs(S) < 1e30:
+        if not all(p.isfinite().all() for p in block.parameters()) or not 1e-17 < abs(S) < 1e17:
             raise ValueError(f"layer {l}: the gates up to here scale by {S:.1e}, more than the weights can take up")
     scale_norm_input(plain.norm, S)
     return plain
 
 
-def gate_scales(block, l):
-    """1 - act(a) of the block's gates, one or two numbers; ValueError where one is 0 (to 1e-7, as model.gate_scale)."""
-    if block.gate is None:
-        return [1.0]
-    scales = (1 - GPAS_ACTS[block.gpas_act](block.gate)).tolist()
-    if min(map(abs, scales)) <= 1e-7:
-        raise ValueError(f"layer {l}: the gate {block.gate.tolist()} scales by 1 - act(a) = 0, which cannot be undone")
-    return scales
-
-
 def take_factors(residual, gate):
     """{place: factor} of s and of the gate's factor at the places of a Residual, from which s is taken out."""
-    factors = {"before": 1.0, "norm": 1.0, "branch": 1.0, "stream": 1.0}
+    factors = dict.fromkeys(("before", "norm", "branch", "stream"), 1.0)
     factors[residual.gate_place] *= gate
     if residual.s_place is not None:
         factors[residual.s_place] *= residual.s
@@ -161,18 +144,15 @@ def scale_norm_output(norm, factor):
             p.mul_(factor)
 
 
-def scale_input(f, factor):
-    """Makes f(x) into f(factor * x), in the matrices that read x; biases stay."""
-    first = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "router"
-    for name, p in f.named_parameters():
-        if p.dim() >= 2 and name.removesuffix(".weight").rpartition(".")[2] in first:
-            p.mul_(factor)
+# The matrices of a sub-layer that read its input, and those that write its output.
+FIRST = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "router"}
+LAST = {"o_proj", "down_proj"}
 
 
-def scale_output(f, factor):
-    """Makes f into factor * f, in its last matrices; a number, or one per output dimension (n_embd, 1)."""
+def scale_matrices(f, names, factor):
+    """Multiplies the matrices of f of these names by a number, or by one per output dimension (n_embd, 1)."""
     for name, p in f.named_parameters():
-        if name.removesuffix(".weight").rpartition(".")[2] in ("o_proj", "down_proj"):
+        if p.dim() >= 2 and names & set(name.split(".")):  # biases stay
             p.mul_(factor)
 
 
@@ -181,7 +161,7 @@ def scale_branch(residual, f, factor):
     if isinstance(residual.out_norm, Norm):
         scale_norm_output(residual.out_norm, factor)
     else:
-        scale_output(f, factor)
+        scale_matrices(f, LAST, factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,8 +434,8 @@ def absorb(plain):
                 scale_branch(residual, f, b if isinstance(residual.out_norm, Norm) else b[:, None])
                 residual.branch_scale = None
         if isinstance(block.mlp, MoE) and c.average_shared and c.n_expert_shared:
-            scale_output(block.mlp.experts, c.n_expert_active / (c.n_expert_active + 1))
-            scale_output(block.mlp.shared, 1 / (c.n_expert_active + 1))
+            scale_matrices(block.mlp.experts, LAST, c.n_expert_active / (c.n_expert_active + 1))
+            scale_matrices(block.mlp.shared, LAST, 1 / (c.n_expert_active + 1))
             block.mlp.average_shared = False
     if c.embed_norm and c.tie_embeddings:
         raise UserError("the embedding's norm cannot go into a table that is the head too (tie_embeddings)")
