@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -39,6 +39,7 @@ from model import GPT, SCHEMES, GPTConfig, MoE, Norm, find_device, find_scheme, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folding: the gates become plain weights
+
 
 @torch.no_grad()
 def fold(model):
@@ -65,9 +66,11 @@ def fold(model):
     # A training step leaves router losses that hang on its graph, which deepcopy refuses.
     moes = [m for m in model.modules() if isinstance(m, MoE) and hasattr(m, "z_loss")]
     plain = copy.deepcopy(model, {id(loss): loss.detach() for m in moes for loss in (m.balance_loss, m.z_loss)})
-    name, s_position = model.config.norm.removeprefix("gpas_"), "gain" if find_scheme(model.config.norm)[0].s else "norm"
-    no_gates = dict(gpas_act="silu", gpas_position="sublayer", gpas_stop_gradient=True, gate_init=None, gate_per="layer")
-    plain.config = replace(model.config, norm=name, norm_affine=True, s_position=s_position, **no_gates)
+    c = model.config
+    no_gates = dict(norm=c.norm.removeprefix("gpas_"), gpas_act="silu", gpas_position="sublayer", gate_init=None)
+    no_gates |= dict(gpas_stop_gradient=True, gate_per="layer")
+    s_position = "gain" if find_scheme(c.norm)[0].s else "norm"
+    plain.config = replace(c, norm_affine=True, s_position=s_position, **no_gates)
     for name, norm in plain.named_modules():
         if isinstance(norm, Norm) and norm.weight is None:
             give_gain(norm, name.rpartition(".")[2], plain)
@@ -167,44 +170,28 @@ def scale_branch(residual, f, factor):
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of architectures that transformers knows
 
-# Their name of a tensor -> ours, or several of ours that are stacked along the output dimension.
-MODEL = {
-    "model.embed_tokens.weight": "embed_tokens.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "lm_head.weight",
+# Parts of their names of tensors -> of ours, replaced in this order. A family adds its norms'. What is called gate_up
+# in the end is our gate and our up, stacked along the output dimension.
+NAMES = {
+    "model.layers.": "blocks.",
+    "model.": "",
+    "self_attn.": "attn.",
+    "mlp.gate.": "mlp.router.",
+    "block_sparse_moe.": "mlp.",
+    "shared_mlp.input_linear.": "mlp.shared.gate_up_proj.",
+    "shared_mlp.output_linear.": "mlp.shared.down_proj.",
 }
-# The same within model.layers.{i} and blocks.{i}.
-ATTENTION = {f"self_attn.{n}_proj.weight": f"attn.{n}_proj.weight" for n in "qkvo"}
-QKV_BIAS = {f"self_attn.{n}_proj.bias": f"attn.{n}_proj.bias" for n in "qkv"}
-QK_NORM = {f"self_attn.{n}_norm.weight": f"attn.{n}_norm.weight" for n in "qk"}
 NORMS_A = {
-    "input_layernorm.weight": "attn_residual.pre_norm.weight",
-    "post_attention_layernorm.weight": "mlp_residual.pre_norm.weight",
+    "input_layernorm": "attn_residual.pre_norm",
+    "post_attention_layernorm": "mlp_residual.pre_norm",
 }
 NORMS_B = {
-    "post_attention_layernorm.weight": "attn_residual.out_norm.weight",
-    "post_feedforward_layernorm.weight": "mlp_residual.out_norm.weight",
+    "post_attention_layernorm": "attn_residual.out_norm",
+    "post_feedforward_layernorm": "mlp_residual.out_norm",
 }
 NORMS_AB = NORMS_A | {
-    "post_self_attn_layernorm.weight": "attn_residual.out_norm.weight",
-    "post_mlp_layernorm.weight": "mlp_residual.out_norm.weight",
-}
-DENSE = {f"mlp.{n}_proj.weight": f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
-DENSE_STACKED = {
-    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down_proj.weight": "mlp.down_proj.weight",
-}
-EXPERTS = {
-    "mlp.gate.weight": "mlp.router.weight",
-    "mlp.experts.gate_up_proj": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
-    "mlp.experts.down_proj": "mlp.experts.down_proj",
-}
-EXPERTS_AND_SHARED = {
-    "block_sparse_moe.router.weight": "mlp.router.weight",
-    "block_sparse_moe.experts.gate_up_proj": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
-    "block_sparse_moe.experts.down_proj": "mlp.experts.down_proj",
-    "shared_mlp.input_linear.weight": ("mlp.shared.gate_proj.weight", "mlp.shared.up_proj.weight"),
-    "shared_mlp.output_linear.weight": "mlp.shared.down_proj.weight",
+    "post_self_attn_layernorm": "attn_residual.out_norm",
+    "post_mlp_layernorm": "mlp_residual.out_norm",
 }
 
 # Their name of a setting -> the field of GPTConfig: in every family, and those that some have. A family without
@@ -232,10 +219,6 @@ NO_EFFECT = set(
 )
 
 
-def glm4_write(c):
-    return {"attention_bias": False, "partial_rotary_factor": 1.0}
-
-
 def qwen3_moe_write(c):
     dense = [l - 1 for l in range(1, c.n_layer + 1) if l < c.moe_from or (l - c.moe_from) % c.moe_every]
     return {"moe_intermediate_size": c.n_hidden, "mlp_only_layers": dense, "decoder_sparse_step": 1}
@@ -245,22 +228,11 @@ def qwen3_moe_read(theirs):
     """moe_from, moe_every and n_hidden from Qwen3-MoE's two ways to choose layers, of which the list is kept."""
     L, step, dense = theirs.num_hidden_layers, theirs.decoder_sparse_step, theirs.mlp_only_layers
     layers = [l for l in range(1, L + 1) if l - 1 not in dense and l % step == 0]
-    every = layers[1] - layers[0] if len(layers) > 1 else L
-    if not layers or layers != list(range(layers[0], L + 1, every)):
-        raise UserError(f"experts in layers {layers} of {L}: ours are in every so-many-th layer (moe_from, moe_every)")
-    width, dense_width = theirs.moe_intermediate_size, theirs.intermediate_size
-    if len(layers) < L and width != dense_width:
-        raise UserError(f"experts of width {width} beside dense layers of width {dense_width}: ours are of one width")
     theirs.mlp_only_layers, theirs.decoder_sparse_step = [l - 1 for l in range(1, L + 1) if l not in layers], 1
-    return {"moe_from": layers[0], "moe_every": every, "n_hidden": width}
-
-
-def granite_write(c):
-    return {"shared_intermediate_size": c.n_expert_shared * c.n_hidden, "attention_multiplier": c.head_dim**-0.5}
-
-
-def granite_read(theirs):
-    return {"n_expert_shared": theirs.shared_intermediate_size // theirs.intermediate_size}
+    if len(layers) == L:
+        theirs.intermediate_size = theirs.moe_intermediate_size  # the width of dense layers, of which there are none
+    first, every = layers[0] if layers else L + 1, layers[1] - layers[0] if len(layers) > 1 else L
+    return {"moe_from": first, "moe_every": every, "n_hidden": theirs.moe_intermediate_size}
 
 
 @dataclass(frozen=True)
@@ -268,60 +240,75 @@ class Family:
     """One row: which of our models an architecture is, and its names. The row's own name is their model_type."""
 
     norm: str  # the row of SCHEMES
-    tensors: dict  # their name -> ours, within a layer
+    norm_names: dict  # their name -> ours, besides NAMES
     settings: dict = field(default_factory=dict)  # their name -> ours, besides SETTINGS
     qk_norm: str = "none"
+    qkv_bias: bool = False
+    mlps: tuple = ("dense",)  # one that there is, and others that may be: dense, experts, shared experts
     is_interleaved: bool = False  # rotates the pairs (2i, 2i + 1) where we rotate (i, i + head_dim / 2)
     write: Callable = lambda config: {}  # GPTConfig -> their settings that are not ours under another name
-    read: Callable = lambda theirs: {}  # their config -> our fields from those; UserError
+    read: Callable = lambda theirs: {}  # their config -> our fields from those
 
 
 FAMILIES = {
-    "llama": Family("pre", ATTENTION | NORMS_A | DENSE, HEAD_DIM),
-    "qwen2": Family("pre", ATTENTION | QKV_BIAS | NORMS_A | DENSE),
-    "qwen3": Family("pre", ATTENTION | QK_NORM | NORMS_A | DENSE, HEAD_DIM, "head"),
-    "glm4": Family("sandwich", ATTENTION | NORMS_AB | DENSE_STACKED, HEAD_DIM, is_interleaved=True, write=glm4_write),
-    "olmo2": Family("out", ATTENTION | QK_NORM | NORMS_B | DENSE, {}, "full"),
-    "mixtral": Family("pre", ATTENTION | NORMS_A | EXPERTS, N_LOCAL | HEAD_DIM),
-    "olmoe": Family("pre", ATTENTION | QK_NORM | NORMS_A | EXPERTS, N_EXPERTS, "full"),
+    "llama": Family("pre", NORMS_A, HEAD_DIM),
+    "qwen2": Family("pre", NORMS_A, qkv_bias=True),
+    "qwen3": Family("pre", NORMS_A, HEAD_DIM, qk_norm="head"),
+    "glm4": Family(
+        "sandwich",
+        NORMS_AB,
+        HEAD_DIM,
+        is_interleaved=True,
+        write=lambda c: {"attention_bias": False, "partial_rotary_factor": 1.0},
+    ),
+    "olmo2": Family("out", NORMS_B, qk_norm="full"),
+    "mixtral": Family("pre", NORMS_A, N_LOCAL | HEAD_DIM, mlps=("experts",)),
+    "olmoe": Family("pre", NORMS_A, N_EXPERTS, qk_norm="full", mlps=("experts",)),
     "qwen3_moe": Family(
         "pre",
-        ATTENTION | QK_NORM | NORMS_A | DENSE | EXPERTS,  # a layer has the one or the other
+        NORMS_A,
         N_EXPERTS | HEAD_DIM,
-        "head",
+        qk_norm="head",
+        mlps=("experts", "dense"),
         write=qwen3_moe_write,
         read=qwen3_moe_read,
     ),
     "granitemoeshared": Family(
-        "pre", ATTENTION | NORMS_A | EXPERTS_AND_SHARED, N_LOCAL, write=granite_write, read=granite_read
+        "pre",
+        NORMS_A,
+        N_LOCAL,
+        mlps=("shared experts",),
+        write=lambda c: {
+            "shared_intermediate_size": c.n_expert_shared * c.n_hidden,
+            "attention_multiplier": c.head_dim**-0.5,
+        },
+        read=lambda theirs: {"n_expert_shared": theirs.shared_intermediate_size // theirs.intermediate_size},
     ),
 }
 
 
 def misfits(family, model):
     """Why a folded model is not one of the family, one phrase each."""
-    c, tensors, layers = model.config, family.tensors.values(), len(model.blocks)
+    c = model.config
     residuals = [r for block in model.blocks for r in (block.attn_residual, block.mlp_residual)]
     places = sorted({places_of(r) or "none" for r in residuals})
-    n_moe = sum(isinstance(block.mlp, MoE) for block in model.blocks)
-    may_have_dense, may_have_experts = "mlp.down_proj.weight" in tensors, "mlp.router.weight" in tensors
-    facts = [  # what, in the family, in the model
-        ("norm_type", "rmsnorm", c.norm_type),
-        ("place of norms", SCHEMES[family.norm].norms, " and ".join(places)),
-        ("qk_norm", family.qk_norm, c.qk_norm),
-        ("qk_norm_type", "rmsnorm", c.qk_norm_type or "rmsnorm"),
-        ("v_norm", False, c.v_norm),
-        ("qkv_bias", "attn.q_proj.bias" in tensors, c.qkv_bias),
-        ("use of experts", may_have_experts, n_moe > 0),
-        ("use of shared experts", "mlp.shared.down_proj.weight" in tensors, n_moe > 0 and c.n_expert_shared > 0),
-    ]
-    if may_have_experts and not may_have_dense:
-        facts.append(("number of layers with experts", layers, n_moe))
-    if "norm_topk_prob" not in family.settings:
-        facts.append(("normalize_gates", True, c.normalize_gates))
-    if "head_dim" not in family.settings:
-        facts.append(("head_dim", c.n_embd // c.n_head, c.head_dim))
-    return [f"its {what} is {theirs}, not {ours}" for what, theirs, ours in facts if theirs != ours]
+    facts = [("place of norms", SCHEMES[family.norm].norms, " and ".join(places))]
+    fixed = {
+        "norm_type": "rmsnorm",
+        "qk_norm": family.qk_norm,
+        "qk_norm_type": "rmsnorm" if c.qk_norm_type else None,  # None: norm_type
+        "v_norm": False,
+        "qkv_bias": family.qkv_bias,
+        "normalize_gates": True,
+        "head_dim": c.n_embd // c.n_head,
+    }
+    facts += [(name, value, getattr(c, name)) for name, value in fixed.items() if name not in family.settings.values()]
+    reasons = [f"its {what} is {theirs}, not {ours}" for what, theirs, ours in facts if theirs != ours]
+    experts = "shared experts" if c.n_expert_shared else "experts"
+    mlps = {experts if isinstance(block.mlp, MoE) else "dense" for block in model.blocks}
+    if family.mlps[0] not in mlps or mlps - set(family.mlps):
+        reasons.append(f"its MLPs are {' and '.join(family.mlps)}, not {' and '.join(sorted(mlps))}")
+    return reasons
 
 
 def places_of(residual):
@@ -345,64 +332,52 @@ def find_family(model, name=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Their tensors and ours
+# What both directions use
 
 
-def load_transformers():
-    """The library transformers; UserError if it or one that it needs here is not installed."""
-    for name in ("safetensors", "tokenizers"):
-        prepare_data.optional(name, "transformers")
-    return prepare_data.optional("transformers")
+@contextmanager
+def explained(what):
+    """Makes an error of another library's or of the system's a UserError that begins with `what`. Of all classes, since
+    each of these libraries raises its own: safetensors for a full disk too, lm_eval whatever a task's code meets."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{what}: {reason}") from None
 
 
-def tensor_names(family, config, ours, theirs):
-    """{their name: our names} for the tensors of two models; `ours` and `theirs` are their state dicts. UserError for a
-    tensor without counterpart."""
-    rows = {name: [our] for name, our in MODEL.items()}
-    for i in range(config.n_layer):
-        for name, our in family.tensors.items():
-            parts = [our] if isinstance(our, str) else our
-            rows[f"model.layers.{i}.{name}"] = [f"blocks.{i}.{part}" for part in parts]
-    rows = {name: parts for name, parts in rows.items() if parts[0] in ours}  # dense or experts, as the layer is
-    named = {part for parts in rows.values() for part in parts}
-    left = (theirs.keys() ^ rows.keys()) | (ours.keys() ^ named)
-    if left:
-        version = load_transformers().__version__
+def settings_of(name, c):
+    """The settings of transformers' config class for a GPTConfig as the family `name`."""
+    family = FAMILIES[name]
+    settings = {theirs: getattr(c, ours) for theirs, ours in (SETTINGS | family.settings).items()}
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {**settings, **family.write(c), **tokens, "rope_parameters": rope}
+
+
+def tensor_pairs(model, theirs, family):
+    """(ours, theirs) for each weight of a GPT, as views of one shape of the two models' memory. UserError for a tensor
+    of either model, a GPT and one of transformers', without counterpart."""
+    parts, ours = {}, model.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        for old, new in (NAMES | family.norm_names).items():
+            name = name.replace(old, new)
+        if "gate_up" in name:
+            gate, up = tensor.chunk(2, dim=-2)
+            parts |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        else:
+            parts[name] = tensor
+    if left := ours.keys() ^ parts.keys():
+        version = prepare_data.optional("transformers").__version__
         raise UserError(f"{min(left)} has no counterpart in the table; it is for transformers 5.24, here is {version}")
-    return rows
-
-
-def swap_rotation(family, name, tensor, head_dim, is_back):
-    """For a family that rotates neighbours: the rows of a query or key matrix (heads * head_dim, ...) with each head's
-    pairs (i, i + head_dim / 2) brought next to each other, or back. Other tensors as they are."""
-    if not family.is_interleaved or "q_proj" not in name and "k_proj" not in name:
-        return tensor
-    pairs = (head_dim // 2, 2) if is_back else (2, head_dim // 2)
-    return tensor.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
-
-
-def to_theirs(model, theirs, family):
-    """Puts the weights of a folded model into the transformers model `theirs`."""
-    ours, state = model.state_dict(), {}
-    for name, parts in tensor_names(family, model.config, ours, theirs.state_dict()).items():
-        tensor = torch.cat([ours[part] for part in parts], -2) if len(parts) > 1 else ours[parts[0]]
-        state[name] = swap_rotation(family, name, tensor, model.config.head_dim, is_back=False)
-    theirs.load_state_dict(state)
-
-
-def from_theirs(theirs, config, family):
-    """The GPT(config) with the weights of the transformers model `theirs`."""
-    with torch.device("meta"):
-        model = GPT(config)
-    given, state = theirs.state_dict(), {}
-    for name, parts in tensor_names(family, config, model.state_dict(), given).items():
-        tensor = swap_rotation(family, name, given[name], config.head_dim, is_back=True)
-        tensors = tensor.chunk(len(parts), -2) if len(parts) > 1 else [tensor]
-        state |= {part: t.clone(memory_format=torch.contiguous_format) for part, t in zip(parts, tensors)}
-    model.load_state_dict(state, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.eval()
+    for name, tensor in parts.items():
+        our = ours[name]
+        if family.is_interleaved and ("q_proj" in name or "k_proj" in name):
+            half = model.config.head_dim // 2  # a head's rows are `half` pairs for them, two halves for us
+            our, tensor = our.unflatten(0, (-1, 2, half)), tensor.unflatten(0, (-1, half, 2)).transpose(1, 2)
+        yield our, tensor
 
 
 @torch.no_grad()
@@ -468,60 +443,38 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
             raise UserError(f"{folder} exists; --overwrite replaces it")
     plain = absorb(fold(model))
     name = find_family(plain, family)
-    theirs, new_tokenizer = build_theirs(plain, name, tokenizer)
-    difference = check_logits(model, theirs, max_difference)
-
-    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        theirs.save_pretrained(partial, max_shard_size="1000GB")
-        (partial / "generation_config.json").unlink(missing_ok=True)  # says nothing that config.json does not
-        if new_tokenizer is not None:
-            new_tokenizer.save_pretrained(partial)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-    except Exception as error:  # safetensors has an error class of its own, for a full disk too
-        raise UserError(f"cannot write {folder}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    return name, difference
-
-
-def build_theirs(plain, name, tokenizer):
-    """The transformers model of the family `name` with the weights of a folded model, and its tokenizer or None."""
-    transformers, new_tokenizer = load_transformers(), None
-    try:
+    transformers, new_tokenizer = prepare_data.optional("transformers"), None
+    with explained(f"transformers {transformers.__version__} cannot build this {name} (5.24 was tried)"):
         config = transformers.AutoConfig.for_model(name, **settings_of(name, plain.config))
         if tokenizer is not None:
             new_tokenizer = build_tokenizer(tokenizer, plain.config)
             config.bos_token_id = config.eos_token_id = new_tokenizer.eos_token_id
         theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=plain.lm_head.weight.dtype)
-        to_theirs(plain, theirs, FAMILIES[name])
-    except UserError:
-        raise
-    except Exception as error:  # each class checks in its own way
-        version = transformers.__version__
-        raise UserError(f"transformers {version} cannot build this {name} (5.24 was tried): {error}") from None
-    return theirs, new_tokenizer
+        for our, tensor in tensor_pairs(plain, theirs, FAMILIES[name]):
+            tensor.copy_(our)
+    difference = check_logits(model, theirs, max_difference)
 
-
-def settings_of(name, c):
-    """The settings of transformers' config class for a GPTConfig as the family `name`."""
-    family = FAMILIES[name]
-    settings = {theirs: getattr(c, ours) for theirs, ours in (SETTINGS | family.settings).items()}
-    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return {**settings, **family.write(c), **tokens, "rope_parameters": rope}
+    with explained(f"cannot write {folder}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            new, old = Path(beside) / "new", Path(beside) / "old"
+            theirs.save_pretrained(new, max_shard_size="1000GB")
+            (new / "generation_config.json").unlink(missing_ok=True)  # says nothing that config.json does not
+            if new_tokenizer is not None:
+                new_tokenizer.save_pretrained(new)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+    return name, difference
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Import
 
+LOCAL_AND_SAFE = {"local_files_only": True, "trust_remote_code": False}
 
+
+@torch.no_grad()
 def import_hf(folder, block_size=None, max_difference=1e-3):
     """The GPT in a Hugging Face folder, float32: config.json and safetensors. `block_size` shortens the context.
 
@@ -529,14 +482,13 @@ def import_hf(folder, block_size=None, max_difference=1e-3):
     that has an effect and no place in GPTConfig, for tensors that are missing, too many or of another shape, and for
     logits that differ from transformers' by more than `max_difference`.
     """
-    folder = Path(folder)
     name = check_folder(folder)["model_type"]
     config = read_config(folder, name)
     if block_size and block_size > config.block_size:
         raise UserError(f"block_size {block_size} is longer than the {config.block_size} of {folder}")
     config.block_size = block_size or config.block_size
-    try:
-        theirs, loading = load_transformers().AutoModelForCausalLM.from_pretrained(
+    with explained(f"weights in {folder} cannot be read"):
+        theirs, loading = prepare_data.optional("transformers").AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -544,35 +496,24 @@ def import_hf(folder, block_size=None, max_difference=1e-3):
             output_loading_info=True,
             **LOCAL_AND_SAFE,
         )
-    except Exception as error:  # safetensors has an error class of its own for damaged files
-        raise UserError(f"weights in {folder} cannot be read: {error}") from None
-    faults = [f"no tensor {tensor}" for tensor in sorted(loading["missing_keys"])]
-    faults += [f"a tensor that has no place here, {tensor}" for tensor in sorted(loading["unexpected_keys"])]
-    faults += [f"{n} of shape {tuple(s)}, the config gives {tuple(t)}" for n, s, t in loading["mismatched_keys"]]
-    if faults:
-        raise UserError(f"the weights in {folder} have {faults[0]}")
-    model = from_theirs(theirs, config, FAMILIES[name])
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[fault]:
+            raise UserError(f"the weights in {folder} have {fault}, {min(loading[fault])}")
+    model = GPT(config).eval()
+    for our, tensor in tensor_pairs(model, theirs, FAMILIES[name]):
+        our.copy_(tensor)
     check_logits(model, theirs, max_difference)
     return model
 
 
-LOCAL_AND_SAFE = {"local_files_only": True, "trust_remote_code": False}
-
-
 def check_folder(folder):
-    """The object in the config.json of a Hugging Face folder; UserError for what can be told without transformers."""
-    path = folder / "config.json"
-    try:
+    """The object in the config.json of a Hugging Face folder; UserError unless its model_type is a row of FAMILIES."""
+    path = Path(folder) / "config.json"
+    with explained(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         name = content.get("model_type")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(name, str) or name not in FAMILIES:
+    if name not in list(FAMILIES):
         raise UserError(f"unknown model_type {name!r}; known: {', '.join(FAMILIES)}")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has no model.safetensors; weights of other kinds are not read")
     return content
 
 
@@ -581,33 +522,26 @@ def read_config(folder, name):
 
     What it holds is what an export of it would write: any other setting of theirs has to be without effect.
     """
-    transformers, family = load_transformers(), FAMILIES[name]
-    try:
+    transformers, family = prepare_data.optional("transformers"), FAMILIES[name]
+    with explained(f"{folder}/config.json is damaged"):
         theirs = transformers.AutoConfig.from_pretrained(folder, **LOCAL_AND_SAFE)
-        fields = {ours: getattr(theirs, setting, None) for setting, ours in (SETTINGS | family.settings).items()}
+        fields = dict(norm=family.norm, qk_norm=family.qk_norm, qkv_bias=family.qkv_bias)
+        fields |= {ours: getattr(theirs, setting, None) for setting, ours in (SETTINGS | family.settings).items()}
         fields |= family.read(theirs)
         rope = dict(theirs.rope_parameters)
         fields["rope_theta"] = rope.pop("rope_theta")
         rotated = rope.pop("partial_rotary_factor", 1)
         rope.pop("type", None)  # an older name of rope_type
         fields["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    except UserError:
-        raise
-    except Exception as error:  # each class checks in its own way
-        raise UserError(f"{folder}/config.json is damaged ({type(error).__name__}: {error})") from None
+        config = build_settings(GPTConfig, fields)
     if rotated != 1:
         raise UserError(f"config.json has partial_rotary_factor {rotated}; heads here are rotated whole")
-    bias = "attn.q_proj.bias" in family.tensors.values()
-    try:
-        config = build_settings(GPTConfig, fields | dict(norm=family.norm, qk_norm=family.qk_norm, qkv_bias=bias))
-    except UserError as error:
-        raise UserError(f"config.json: {error}") from None
 
     written = transformers.AutoConfig.for_model(name, **settings_of(name, config))
-    handled = NO_EFFECT | SETTINGS.keys() | family.settings.keys() | {"rope_parameters"}
     for setting, value in theirs.to_diff_dict().items():
         ours = getattr(written, setting, None)
-        if setting not in handled and value != ours and (value or ours):
+        is_same = value == ours or value is None or not (value or ours)
+        if not is_same and setting not in {*NO_EFFECT, "rope_parameters"}:
             raise UserError(f"config.json has {setting} {value!r}; only {ours!r} can be represented here")
     return config
 
@@ -618,7 +552,7 @@ def read_config(folder, name):
 
 def build_tokenizer(state, config):
     """The transformers tokenizer of a tokenizer state (prepare_data.tokenizer_state)."""
-    transformers, encoding = load_transformers(), prepare_data.build_encoding(state)
+    transformers, encoding = prepare_data.optional("transformers"), prepare_data.build_encoding(state)
     if "json" in state:
         tokenizer, end = prepare_data.optional("tokenizers").Tokenizer.from_str(state["json"]), state["eot_token"]
     else:
