@@ -17,7 +17,6 @@ An earlier one ends in an error where it differs. Benchmarks need no export: lm-
 """
 
 import copy
-import difflib
 import itertools
 import json
 import math
@@ -580,17 +579,15 @@ def import_tokenizer(folder):
 
     The token between documents, our end of text, is the one that begins their texts, or else the one that ends them.
     """
-    config, path = check_folder(Path(folder)), Path(folder) / "tokenizer.json"
+    config, path = check_folder(folder), Path(folder) / "tokenizer.json"
     if not path.exists():
         raise UserError(f"there is no {path}")
+    begin, end = config.get("bos_token_id"), config.get("eos_token_id")
+    ends = end if isinstance(end, list) else [end]
     tokenizers = prepare_data.optional("tokenizers", "transformers")
-    try:
+    with explained(f"{path} cannot be read"):
         words = {number: word for word, number in tokenizers.Tokenizer.from_file(str(path)).get_vocab().items()}
-        begin, end = config.get("bos_token_id"), config.get("eos_token_id")
-        ends = end if isinstance(end, list) else [end]
         between = next((words[number] for number in (begin, *ends) if number in words), "")
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path} cannot be read: {error}") from None
     return prepare_data.tokenizer_state(prepare_data.get_tokenizer(str(path), between))
 
 
@@ -603,8 +600,7 @@ def write_data(settings, tokenizer):
         folder = prepare_data.prepare(prepare_data.Settings(**given, val_fraction=0.5))
     except prepare_data.BadText:
         folder = prepare_data.prepare(prepare_data.Settings(**given, val_fraction=1e-9))
-    train, val = (prepare_data.read_meta(folder)["splits"][split]["tokens"] for split in ("train", "val"))
-    print(f"wrote {folder}: {train:,} tokens for training, {val:,} held out")
+    print(f"wrote {folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -629,11 +625,10 @@ def score_continuations(model, pairs, batch_size=16):
         batch = longest_first[first : first + batch_size]
         inputs = [rows[i][:-1] for i in batch]
         idx = nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # at the right end: not seen by what is before
-        logits = model(idx.to(device))[0]
-        for i, row_logits in zip(batch, logits):
+        for i, logits in zip(batch, model(idx.to(device))[0]):
             end, n = len(rows[i]), len(pairs[i][1])
             tokens = rows[i][end - n :].to(device)
-            log_p = row_logits[end - n - 1 : end - 1].float().log_softmax(-1)
+            log_p = logits[end - n - 1 : end - 1].float().log_softmax(-1)
             is_greedy = bool((log_p.argmax(-1) == tokens).all())
             scores[i] = log_p.gather(1, tokens[:, None]).sum().item(), is_greedy
     return scores
@@ -644,20 +639,18 @@ def generate_text(model, encoding, prompt, max_tokens, stops=(), temperature=0.0
 
     The prompt is cut at its left end, so that all fits in the block; but half a block of it is kept in any case.
     """
-    size, end_of_text = model.config.block_size, encoding.eot_token
+    size = model.config.block_size
     kept = max(size - max_tokens, size // 2, 1)
-    ids = prepare_data.encode(encoding, prompt).tolist() or [end_of_text]
+    ids = prepare_data.encode(encoding, prompt).tolist() or [encoding.eot_token]
     idx = torch.tensor([ids[-kept:]], device=model.lm_head.weight.device)
-    start, text, has_ended = idx.shape[1], "", False
-    while not has_ended and idx.shape[1] - start < max_tokens:
+    stops = [stop for stop in stops if stop] + [prepare_data.decode(encoding, [encoding.eot_token])]
+    start, text, ends = idx.shape[1], "", []
+    while not ends and idx.shape[1] - start < max_tokens:
         n = min(16, start + max_tokens - idx.shape[1])  # a few at a time, so that an end is seen soon
         idx = model.generate(idx, n, temperature, top_k)
-        new = idx[0, start:].tolist()
-        text = prepare_data.decode(encoding, itertools.takewhile(lambda token: token != end_of_text, new))
-        ends = [text.index(stop) for stop in stops if stop and stop in text]
-        text = text[: min(ends, default=len(text))]
-        has_ended = bool(ends) or end_of_text in new
-    return text
+        text = prepare_data.decode(encoding, idx[0, start:].tolist())
+        ends = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))]
 
 
 def harness_model(out_dir, device="auto", batch_size=16):
@@ -665,12 +658,9 @@ def harness_model(out_dir, device="auto", batch_size=16):
 
     Texts are tokenized as the run's data were, special tokens as ordinary text, and no token is put before them; an
     empty context is the start of a document. UserError for a folder without a run, a run without a tokenizer, and where
-    lm_eval is not installed.
+    lm_eval is not installed; ValueError for a device that cannot be used.
     """
-    try:
-        model, checkpoint = load_run(out_dir, find_device(device))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    model, checkpoint = load_run(out_dir, find_device(device))
     if checkpoint["tokenizer"] is None:
         raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
     encoding = prepare_data.build_encoding(checkpoint["tokenizer"])
@@ -702,7 +692,7 @@ def harness_model(out_dir, device="auto", batch_size=16):
             texts = []
             for prompt, given in progress([request.args for request in requests], "generations"):
                 kwargs = generation.normalize_gen_kwargs(given)
-                temperature = kwargs.get("temperature", 0.0) if kwargs["do_sample"] else 0.0
+                temperature = kwargs.get("temperature", 0.0)
                 unknown = kwargs.keys() - {"do_sample", "temperature", "top_k", "until", "max_gen_toks"}
                 if unknown and temperature:
                     raise UserError(f"sampling here knows temperature and top_k, not {', '.join(sorted(unknown))}")
@@ -711,30 +701,6 @@ def harness_model(out_dir, device="auto", batch_size=16):
             return texts
 
     return HarnessModel()
-
-
-def find_tasks(names):
-    """lm_eval's TaskManager and the list of tasks in `names`, separated by commas: names of tasks, groups of tasks, or
-    yaml files. UserError for one that there is not."""
-    manager = prepare_data.optional("lm_eval.tasks", "lm_eval").TaskManager()
-    names = names.split(",")
-    for name in names:
-        if name not in manager.all_tasks and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
-            near = difflib.get_close_matches(name, manager.all_tasks)
-            hint = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists them"
-            raise UserError(f"unknown task {name!r}, neither one of lm_eval's nor a yaml file; {hint}")
-    return manager, names
-
-
-@contextmanager
-def task_errors(names):
-    """Makes an error of lm_eval's, which raises of all kinds for a task that it cannot load or run, a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"lm_eval cannot run {names}: {type(error).__name__}: {error}") from None
 
 
 def convert_questions(task, num_fewshot=None):
@@ -770,14 +736,6 @@ def convert_questions(task, num_fewshot=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
-# What the program does -> the settings that it needs, and those that have an effect too.
-ACTIONS = {
-    "export": (["out_dir", "to"], ["family", "max_difference", "overwrite"]),
-    "import_from": (["out_dir"], ["block_size", "text", "max_difference", "overwrite"]),
-    "harness": (["out_dir"], ["to", "num_fewshot", "limit", "batch_size", "device", "overwrite"]),
-    "questions_from": (["to"], ["num_fewshot", "overwrite"]),
-}
-
 
 @dataclass
 class Settings:
@@ -803,14 +761,14 @@ class Settings:
         actions = [name for name in ACTIONS if getattr(self, name) is not None]
         if len(actions) != 1:
             raise ValueError("give one of --export=hf, --import_from=FOLDER, --harness=TASKS, --questions_from=TASKS")
-        needed, others = ACTIONS[actions[0]]
-        for name in needed:
-            if getattr(self, name) is None:
-                raise ValueError(f"--{actions[0]} needs --{name}=PATH too")
+        self.action = actions[0]
+        _, needed, others = ACTIONS[self.action]
         for name, value in asdict(self).items():
+            if name in needed and value is None:
+                raise ValueError(f"--{self.action} needs --{name}=PATH too")
             is_given = value not in (Settings.__dataclass_fields__[name].default, [])
-            if is_given and name not in [*actions, *needed, *others]:
-                raise ValueError(f"{name} has no effect with --{actions[0]}")
+            if is_given and name not in [self.action, *needed, *others]:
+                raise ValueError(f"{name} has no effect with --{self.action}")
 
 
 def save_run(model, out_dir, tokenizer):
@@ -833,10 +791,7 @@ def export_run(settings):
     """--export: the model of the run in out_dir, written to the folder --to."""
     model, checkpoint = load_run(settings.out_dir)
     tokenizer, options = checkpoint["tokenizer"], (settings.family, settings.max_difference, settings.overwrite)
-    try:
-        name, difference = export_hf(model, settings.to, tokenizer, *options)
-    except ValueError as error:
-        raise UserError(f"{settings.out_dir} cannot be folded: {error}") from None
+    name, difference = export_hf(model, settings.to, tokenizer, *options)
     print(f"wrote {settings.to}: a {name}, logits within {difference:.1e} of the run's")
     if tokenizer is None:
         print("without a tokenizer: the run's data named none")
@@ -844,17 +799,18 @@ def export_run(settings):
 
 def import_run(settings):
     """--import_from: the model of that folder, written as the run out_dir, with --text as its data."""
-    folder, out_dir = Path(settings.import_from), Path(settings.out_dir)
+    folder, out_dir = settings.import_from, Path(settings.out_dir)
     check_folder(folder)
     if (out_dir / "ckpt.pt").exists() and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run; --overwrite replaces it")
     prepare_data.find_files(settings.text)  # what is wrong ends it before anything is read or written
+    tokenizer = None
     try:
-        tokenizer, reason = import_tokenizer(folder), None
+        tokenizer = import_tokenizer(folder)
     except UserError as error:
-        tokenizer, reason = None, error
         if settings.text:
             raise UserError(f"--text needs the model's tokenizer: {error}") from None
+        print(f"without a tokenizer, so that it cannot be sampled: {error}")
     model = import_hf(folder, settings.block_size, settings.max_difference)
     out_dir.mkdir(parents=True, exist_ok=True)
     if settings.text:
@@ -862,18 +818,14 @@ def import_run(settings):
     save_run(model, out_dir, tokenizer)
     count = model.count_params()["total"]
     print(f"wrote {out_dir}/ckpt.pt: {model.config.norm}, {model.config.n_layer} layers, {count:,} parameters")
-    if tokenizer is None:
-        print(f"without a tokenizer, so that it cannot be sampled: {reason}")
 
 
 def run_harness(settings):
     """--harness: lm_eval's table of results for the run in out_dir, and the numbers in the file --to."""
-    check_free(settings)
     model = harness_model(settings.out_dir, settings.device, settings.batch_size)
-    manager, names = find_tasks(settings.harness)
     lm_eval, options = prepare_data.optional("lm_eval"), {"num_fewshot": settings.num_fewshot, "limit": settings.limit}
-    with task_errors(settings.harness):
-        results = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, log_samples=False, **options)
+    with explained(f"lm_eval cannot run {settings.harness!r}"):
+        results = lm_eval.simple_evaluate(model, tasks=settings.harness.split(","), log_samples=False, **options)
     for column in ("results", "groups"):
         if results.get(column):
             print(lm_eval.utils.make_table(results, column))
@@ -884,33 +836,34 @@ def run_harness(settings):
 
 def write_questions(settings):
     """--questions_from: the questions of those tasks, one after another, in the jsonl --to."""
-    check_free(settings)
-    manager, names = find_tasks(settings.questions_from)
-    with task_errors(settings.questions_from):
-        tasks = manager.load(names)["tasks"].values()
+    manager = prepare_data.optional("lm_eval.tasks", "lm_eval").TaskManager()
+    with explained(f"lm_eval cannot load {settings.questions_from!r}"):
+        tasks = manager.load(settings.questions_from.split(","))["tasks"].values()
         questions = [q for task in tasks for q in convert_questions(task, settings.num_fewshot)]
         lines = "".join(json.dumps(q) + "\n" for q in questions)
     save_whole(settings.to, lambda file: file.write(lines.encode()))
     print(f"wrote {settings.to}: {len(questions):,} questions")
 
 
-def check_free(settings):
-    """UserError if there is a file --to that may not be replaced."""
-    if settings.to and Path(settings.to).exists() and not settings.overwrite:
-        raise UserError(f"{settings.to} is there already; --overwrite replaces it")
+# What the program can do: the function, the settings that it needs, and those that have an effect too.
+ACTIONS = {
+    "export": (export_run, ["out_dir", "to"], ["family", "max_difference", "overwrite"]),
+    "import_from": (import_run, ["out_dir"], ["block_size", "text", "max_difference", "overwrite"]),
+    "harness": (run_harness, ["out_dir"], ["to", "num_fewshot", "limit", "batch_size", "device", "overwrite"]),
+    "questions_from": (write_questions, ["to"], ["num_fewshot", "overwrite"]),
+}
 
 
 def main():
     settings = configure(Settings, "Exports a run's model or imports one, in Hugging Face form; runs benchmarks.")
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")  # it says what matters itself
-    if settings.export is not None:
-        export_run(settings)
-    elif settings.import_from is not None:
-        import_run(settings)
-    elif settings.harness is not None:
-        run_harness(settings)
-    else:
-        write_questions(settings)
+    if settings.to and Path(settings.to).exists() and not settings.overwrite:
+        raise UserError(f"{settings.to} is there already; --overwrite replaces it")
+    action, _, _ = ACTIONS[settings.action]
+    try:
+        action(settings)
+    except ValueError as error:  # of a model that cannot be folded, or a device that cannot be used
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

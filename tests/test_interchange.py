@@ -537,7 +537,7 @@ def test_program_there_and_back(tmp_path, monkeypatch, program, transformers):
     with pytest.raises(UserError, match="no text in empty.txt"):
         program(interchange, again[0], "--out_dir=fresh", "--text=empty.txt")
     assert not Path("fresh/ckpt.pt").exists()
-    assert "held out" in program(interchange, again[0], "--out_dir=one", "--text=text/0.txt")  # a single document
+    assert "wrote one/data" in program(interchange, again[0], "--out_dir=one", "--text=text/0.txt")  # a single document
     Path("back/data/notes.md").write_text("mine")
     with pytest.raises(UserError, match="back/data is not a data set: it holds notes.md"):
         program(interchange, *again)
