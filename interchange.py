@@ -169,8 +169,8 @@ def scale_branch(residual, f, factor):
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of architectures that transformers knows
 
-# Parts of their names of tensors -> of ours, replaced in this order. A family adds its norms'. What is called gate_up
-# in the end is our gate and our up, stacked along the output dimension.
+# The names of their tensors become ours by these replacements, in this order, and by those for the family's norms.
+# A tensor gate_up is then our gate and our up, stacked along the output dimension.
 NAMES = {
     "model.layers.": "blocks.",
     "model.": "",
@@ -224,13 +224,13 @@ def qwen3_moe_write(c):
 
 
 def qwen3_moe_read(theirs):
-    """moe_from, moe_every and n_hidden from Qwen3-MoE's two ways to choose layers, of which the list is kept."""
-    L, step, dense = theirs.num_hidden_layers, theirs.decoder_sparse_step, theirs.mlp_only_layers
-    layers = [l for l in range(1, L + 1) if l - 1 not in dense and l % step == 0]
-    theirs.mlp_only_layers, theirs.decoder_sparse_step = [l - 1 for l in range(1, L + 1) if l not in layers], 1
+    """moe_from, moe_every and n_hidden from Qwen3-MoE's list of the dense layers."""
+    L = theirs.num_hidden_layers
+    layers = [l for l in range(1, L + 1) if l - 1 not in theirs.mlp_only_layers]
     if len(layers) == L:
         theirs.intermediate_size = theirs.moe_intermediate_size  # the width of dense layers, of which there are none
-    first, every = layers[0] if layers else L + 1, layers[1] - layers[0] if len(layers) > 1 else L
+    first = layers[0] if layers else L + 1
+    every = layers[1] - layers[0] if len(layers) > 1 else L
     return {"moe_from": first, "moe_every": every, "n_hidden": theirs.moe_intermediate_size}
 
 
@@ -239,11 +239,11 @@ class Family:
     """One row: which of our models an architecture is, and its names. The row's own name is their model_type."""
 
     norm: str  # the row of SCHEMES
-    norm_names: dict  # their name -> ours, besides NAMES
-    settings: dict = field(default_factory=dict)  # their name -> ours, besides SETTINGS
+    norm_names: dict  # their name of a norm -> ours
+    settings: dict = field(default_factory=dict)  # their name of a setting -> ours, besides SETTINGS
     qk_norm: str = "none"
     qkv_bias: bool = False
-    mlps: tuple = ("dense",)  # one that there is, and others that may be: dense, experts, shared experts
+    mlps: tuple = ("dense",)  # dense, experts or shared experts: the first must occur, the others may
     is_interleaved: bool = False  # rotates the pairs (2i, 2i + 1) where we rotate (i, i + head_dim / 2)
     write: Callable = lambda config: {}  # GPTConfig -> their settings that are not ours under another name
     read: Callable = lambda theirs: {}  # their config -> our fields from those
@@ -336,8 +336,8 @@ def find_family(model, name=None):
 
 @contextmanager
 def explained(what):
-    """Makes an error of another library's or of the system's a UserError that begins with `what`. Of all classes, since
-    each of these libraries raises its own: safetensors for a full disk too, lm_eval whatever a task's code meets."""
+    """Turns any error within into a UserError that begins with `what`. For calls of other libraries, which have error
+    classes of their own (safetensors even for a full disk)."""
     try:
         yield
     except UserError:
@@ -357,8 +357,8 @@ def settings_of(name, c):
 
 
 def tensor_pairs(model, theirs, family):
-    """(ours, theirs) for each weight of a GPT, as views of one shape of the two models' memory. UserError for a tensor
-    of either model, a GPT and one of transformers', without counterpart."""
+    """(ours, theirs) for each weight of a GPT and of a transformers model: views of their memory, of one shape, so that
+    one can be copied into the other. UserError for a tensor of either without counterpart."""
     parts, ours = {}, model.state_dict()
     for name, tensor in theirs.state_dict().items():
         for old, new in (NAMES | family.norm_names).items():

@@ -341,6 +341,7 @@ def read_config(config, folder):
         (dict(rms_norm_eps=-1.0), "norm_eps"),
         (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0, 1, 2]), "moe_from 4 must be a layer, of 3"),
         (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0]), "intermediate_size 40; only 768"),
+        (dict(model_type="qwen3_moe", **MOE, decoder_sparse_step=2), "decoder_sparse_step 2; only 1"),
         (dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2, clip_qkv=8.0), "clip_qkv 8.0; only None"),
         (dict(model_type="granitemoeshared", attention_multiplier=1.0, **MOE), "attention_multiplier 1.0; only 0.3535"),
         ({**GRANITE, "shared_intermediate_size": 60}, "shared_intermediate_size 60; only 40"),
@@ -364,7 +365,7 @@ def test_settings_that_are_read(transformers, tmp_path):
     assert config.qkv_bias
     config = read_config({**LLAMA, "model_type": "mixtral", **MOE}, tmp_path)
     assert config.rope_theta == 1e6 and config.n_expert == 4  # what transformers takes where a file is silent
-    every_second = dict(model_type="qwen3_moe", decoder_sparse_step=2, moe_intermediate_size=40, **MOE)
+    every_second = dict(model_type="qwen3_moe", mlp_only_layers=[0, 2], moe_intermediate_size=40, **MOE)
     config = read_config({**LLAMA, **every_second, "num_hidden_layers": 4}, tmp_path)
     assert config.head_dim == 8
     assert (config.moe_from, config.moe_every, config.n_expert, config.n_hidden) == (2, 2, 4, 40)
