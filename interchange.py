@@ -498,7 +498,11 @@ def import_hf(folder, block_size=None, max_difference=1e-3):
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[fault]:
             raise UserError(f"the weights in {folder} have {fault}, {min(loading[fault])}")
-    model = GPT(config).eval()
+    with torch.device("meta"):  # nothing is drawn only to be overwritten
+        model = GPT(config).eval()
+    model.to_empty(device="cpu")
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     for our, tensor in tensor_pairs(model, theirs, FAMILIES[name]):
         our.copy_(tensor)
     check_logits(model, theirs, max_difference)
