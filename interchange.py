@@ -17,12 +17,11 @@ An earlier one ends in an error where it differs. Benchmarks need no export: lm-
 """
 
 import copy
-import difflib
 import itertools
 import json
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -35,12 +34,10 @@ import torch.nn as nn
 import prepare_data
 from analyze import load_run
 from configurator import COUNT, NATURAL, POSITIVE, UserError, build_settings, configure, progress, run, save_whole
-from model import GPAS_ACTS, GPT, SCHEMES, GPTConfig, MoE, Norm, find_device, find_scheme
+from model import GPT, SCHEMES, GPTConfig, MoE, Norm, find_device, find_scheme, gate_scale
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folding: the gates become plain weights
-
-GPAS_SETTINGS = "gpas_act", "gpas_position", "gpas_stop_gradient", "gate_init", "gate_per"
 
 
 @torch.no_grad()
@@ -62,26 +59,24 @@ def fold(model):
 
     The result's config has norm without gpas_, a gain in every norm, and s in the gains (s_position=gain). Its norms
     have eps of their own, which a checkpoint does not hold: fold after loading, not before saving. ValueError, naming
-    the layer, for a gate that scales by 0, for gates whose product the weights' dtype cannot hold, and for b2t around
+    the layer, for gates whose product S float32 or the weights' dtype cannot hold (norms square u), and for b2t around
     an attention without a norm at C, where the layer's input would need a factor of its own.
     """
     # A training step leaves router losses that hang on its graph, which deepcopy refuses.
     moes = [m for m in model.modules() if isinstance(m, MoE) and hasattr(m, "z_loss")]
     plain = copy.deepcopy(model, {id(loss): loss.detach() for m in moes for loss in (m.balance_loss, m.z_loss)})
-    plain.config = replace(
-        model.config,
-        norm=model.config.norm.removeprefix("gpas_"),
-        norm_affine=True,
-        s_position="gain" if find_scheme(model.config.norm)[0].s else "norm",
-        **{name: GPTConfig.__dataclass_fields__[name].default for name in GPAS_SETTINGS},
-    )
+    c = model.config
+    no_gates = dict(norm=c.norm.removeprefix("gpas_"), gpas_act="silu", gpas_position="sublayer", gate_init=None)
+    no_gates |= dict(gpas_stop_gradient=True, gate_per="layer")
+    s_position = "gain" if find_scheme(c.norm)[0].s else "norm"
+    plain.config = replace(c, norm_affine=True, s_position=s_position, **no_gates)
     for name, norm in plain.named_modules():
         if isinstance(norm, Norm) and norm.weight is None:
             give_gain(norm, name.rpartition(".")[2], plain)
 
     S = 1.0
     for l, block in enumerate(plain.blocks, 1):
-        gates = gate_scales(block, l)
+        gates = [1.0] if block.gate is None else gate_scale(block.gate, block.gpas_act).tolist()
         block.gate = None
         attn_factors = take_factors(block.attn_residual, gates[0])
         mlp_factors = take_factors(block.mlp_residual, gates[-1])
@@ -95,7 +90,7 @@ def fold(model):
                 scale_norm_input(residual.pre_norm, S)
                 scale_norm_output(residual.pre_norm, factors["norm"])
             else:
-                scale_input(f, S * factors["norm"])
+                scale_matrices(f, FIRST, S * factors["norm"])
             if residual.post_norm is None:
                 scale_branch(residual, f, factors["branch"] / S)
                 S *= factors["stream"]
@@ -110,25 +105,15 @@ def fold(model):
                 scale_norm_output(residual.post_norm, 1 / S)
             elif block.b2t and not math.isclose(D, layer_S):
                 raise ValueError(f"layer {l}: b2t adds the layer's input past a gate, which no weight can take up")
-        if not all(p.isfinite().all() for p in block.parameters()) or not 1e-30 < abs(S) < 1e30:
+        if not all(p.isfinite().all() for p in block.parameters()) or not 1e-17 < abs(S) < 1e17:
             raise ValueError(f"layer {l}: the gates up to here scale by {S:.1e}, more than the weights can take up")
     scale_norm_input(plain.norm, S)
     return plain
 
 
-def gate_scales(block, l):
-    """1 - act(a) of the block's gates, one or two numbers; ValueError where one is 0 (to 1e-7, as model.gate_scale)."""
-    if block.gate is None:
-        return [1.0]
-    scales = (1 - GPAS_ACTS[block.gpas_act](block.gate)).tolist()
-    if min(map(abs, scales)) <= 1e-7:
-        raise ValueError(f"layer {l}: the gate {block.gate.tolist()} scales by 1 - act(a) = 0, which cannot be undone")
-    return scales
-
-
 def take_factors(residual, gate):
     """{place: factor} of s and of the gate's factor at the places of a Residual, from which s is taken out."""
-    factors = {"before": 1.0, "norm": 1.0, "branch": 1.0, "stream": 1.0}
+    factors = dict.fromkeys(("before", "norm", "branch", "stream"), 1.0)
     factors[residual.gate_place] *= gate
     if residual.s_place is not None:
         factors[residual.s_place] *= residual.s
@@ -161,18 +146,15 @@ def scale_norm_output(norm, factor):
             p.mul_(factor)
 
 
-def scale_input(f, factor):
-    """Makes f(x) into f(factor * x), in the matrices that read x; biases stay."""
-    first = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "router"
-    for name, p in f.named_parameters():
-        if p.dim() >= 2 and name.removesuffix(".weight").rpartition(".")[2] in first:
-            p.mul_(factor)
+# The matrices of a sub-layer that read its input, and those that write its output.
+FIRST = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "router"}
+LAST = {"o_proj", "down_proj"}
 
 
-def scale_output(f, factor):
-    """Makes f into factor * f, in its last matrices; a number, or one per output dimension (n_embd, 1)."""
+def scale_matrices(f, names, factor):
+    """Multiplies the matrices of f of these names by a number, or by one per output dimension (n_embd, 1)."""
     for name, p in f.named_parameters():
-        if name.removesuffix(".weight").rpartition(".")[2] in ("o_proj", "down_proj"):
+        if p.dim() >= 2 and names & set(name.split(".")):  # biases stay
             p.mul_(factor)
 
 
@@ -181,50 +163,34 @@ def scale_branch(residual, f, factor):
     if isinstance(residual.out_norm, Norm):
         scale_norm_output(residual.out_norm, factor)
     else:
-        scale_output(f, factor)
+        scale_matrices(f, LAST, factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of architectures that transformers knows
 
-# Their name of a tensor -> ours, or several of ours that are stacked along the output dimension.
-MODEL = {
-    "model.embed_tokens.weight": "embed_tokens.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "lm_head.weight",
+# The names of their tensors become ours by these replacements, in this order, and by those for the family's norms.
+# A tensor gate_up is then our gate and our up, stacked along the output dimension.
+NAMES = {
+    "model.layers.": "blocks.",
+    "model.": "",
+    "self_attn.": "attn.",
+    "mlp.gate.": "mlp.router.",
+    "block_sparse_moe.": "mlp.",
+    "shared_mlp.input_linear.": "mlp.shared.gate_up_proj.",
+    "shared_mlp.output_linear.": "mlp.shared.down_proj.",
 }
-# The same within model.layers.{i} and blocks.{i}.
-ATTENTION = {f"self_attn.{n}_proj.weight": f"attn.{n}_proj.weight" for n in "qkvo"}
-QKV_BIAS = {f"self_attn.{n}_proj.bias": f"attn.{n}_proj.bias" for n in "qkv"}
-QK_NORM = {f"self_attn.{n}_norm.weight": f"attn.{n}_norm.weight" for n in "qk"}
 NORMS_A = {
-    "input_layernorm.weight": "attn_residual.pre_norm.weight",
-    "post_attention_layernorm.weight": "mlp_residual.pre_norm.weight",
+    "input_layernorm": "attn_residual.pre_norm",
+    "post_attention_layernorm": "mlp_residual.pre_norm",
 }
 NORMS_B = {
-    "post_attention_layernorm.weight": "attn_residual.out_norm.weight",
-    "post_feedforward_layernorm.weight": "mlp_residual.out_norm.weight",
+    "post_attention_layernorm": "attn_residual.out_norm",
+    "post_feedforward_layernorm": "mlp_residual.out_norm",
 }
 NORMS_AB = NORMS_A | {
-    "post_self_attn_layernorm.weight": "attn_residual.out_norm.weight",
-    "post_mlp_layernorm.weight": "mlp_residual.out_norm.weight",
-}
-DENSE = {f"mlp.{n}_proj.weight": f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
-DENSE_STACKED = {
-    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down_proj.weight": "mlp.down_proj.weight",
-}
-EXPERTS = {
-    "mlp.gate.weight": "mlp.router.weight",
-    "mlp.experts.gate_up_proj": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
-    "mlp.experts.down_proj": "mlp.experts.down_proj",
-}
-EXPERTS_AND_SHARED = {
-    "block_sparse_moe.router.weight": "mlp.router.weight",
-    "block_sparse_moe.experts.gate_up_proj": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
-    "block_sparse_moe.experts.down_proj": "mlp.experts.down_proj",
-    "shared_mlp.input_linear.weight": ("mlp.shared.gate_proj.weight", "mlp.shared.up_proj.weight"),
-    "shared_mlp.output_linear.weight": "mlp.shared.down_proj.weight",
+    "post_self_attn_layernorm": "attn_residual.out_norm",
+    "post_mlp_layernorm": "mlp_residual.out_norm",
 }
 
 # Their name of a setting -> the field of GPTConfig: in every family, and those that some have. A family without
@@ -252,35 +218,20 @@ NO_EFFECT = set(
 )
 
 
-def glm4_write(c):
-    return {"attention_bias": False, "partial_rotary_factor": 1.0}
-
-
 def qwen3_moe_write(c):
     dense = [l - 1 for l in range(1, c.n_layer + 1) if l < c.moe_from or (l - c.moe_from) % c.moe_every]
     return {"moe_intermediate_size": c.n_hidden, "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
 def qwen3_moe_read(theirs):
-    """moe_from, moe_every and n_hidden from Qwen3-MoE's two ways to choose layers, of which the list is kept."""
-    L, step, dense = theirs.num_hidden_layers, theirs.decoder_sparse_step, theirs.mlp_only_layers
-    layers = [l for l in range(1, L + 1) if l - 1 not in dense and l % step == 0]
+    """moe_from, moe_every and n_hidden from Qwen3-MoE's list of the dense layers."""
+    L = theirs.num_hidden_layers
+    layers = [l for l in range(1, L + 1) if l - 1 not in theirs.mlp_only_layers]
+    if len(layers) == L:
+        theirs.intermediate_size = theirs.moe_intermediate_size  # the width of dense layers, of which there are none
+    first = layers[0] if layers else L + 1
     every = layers[1] - layers[0] if len(layers) > 1 else L
-    if not layers or layers != list(range(layers[0], L + 1, every)):
-        raise UserError(f"experts in layers {layers} of {L}: ours are in every so-many-th layer (moe_from, moe_every)")
-    width, dense_width = theirs.moe_intermediate_size, theirs.intermediate_size
-    if len(layers) < L and width != dense_width:
-        raise UserError(f"experts of width {width} beside dense layers of width {dense_width}: ours are of one width")
-    theirs.mlp_only_layers, theirs.decoder_sparse_step = [l - 1 for l in range(1, L + 1) if l not in layers], 1
-    return {"moe_from": layers[0], "moe_every": every, "n_hidden": width}
-
-
-def granite_write(c):
-    return {"shared_intermediate_size": c.n_expert_shared * c.n_hidden, "attention_multiplier": c.head_dim**-0.5}
-
-
-def granite_read(theirs):
-    return {"n_expert_shared": theirs.shared_intermediate_size // theirs.intermediate_size}
+    return {"moe_from": first, "moe_every": every, "n_hidden": theirs.moe_intermediate_size}
 
 
 @dataclass(frozen=True)
@@ -288,60 +239,75 @@ class Family:
     """One row: which of our models an architecture is, and its names. The row's own name is their model_type."""
 
     norm: str  # the row of SCHEMES
-    tensors: dict  # their name -> ours, within a layer
-    settings: dict = field(default_factory=dict)  # their name -> ours, besides SETTINGS
+    norm_names: dict  # their name of a norm -> ours
+    settings: dict = field(default_factory=dict)  # their name of a setting -> ours, besides SETTINGS
     qk_norm: str = "none"
+    qkv_bias: bool = False
+    mlps: tuple = ("dense",)  # dense, experts or shared experts: the first must occur, the others may
     is_interleaved: bool = False  # rotates the pairs (2i, 2i + 1) where we rotate (i, i + head_dim / 2)
     write: Callable = lambda config: {}  # GPTConfig -> their settings that are not ours under another name
-    read: Callable = lambda theirs: {}  # their config -> our fields from those; UserError
+    read: Callable = lambda theirs: {}  # their config -> our fields from those
 
 
 FAMILIES = {
-    "llama": Family("pre", ATTENTION | NORMS_A | DENSE, HEAD_DIM),
-    "qwen2": Family("pre", ATTENTION | QKV_BIAS | NORMS_A | DENSE),
-    "qwen3": Family("pre", ATTENTION | QK_NORM | NORMS_A | DENSE, HEAD_DIM, "head"),
-    "glm4": Family("sandwich", ATTENTION | NORMS_AB | DENSE_STACKED, HEAD_DIM, is_interleaved=True, write=glm4_write),
-    "olmo2": Family("out", ATTENTION | QK_NORM | NORMS_B | DENSE, {}, "full"),
-    "mixtral": Family("pre", ATTENTION | NORMS_A | EXPERTS, N_LOCAL | HEAD_DIM),
-    "olmoe": Family("pre", ATTENTION | QK_NORM | NORMS_A | EXPERTS, N_EXPERTS, "full"),
+    "llama": Family("pre", NORMS_A, HEAD_DIM),
+    "qwen2": Family("pre", NORMS_A, qkv_bias=True),
+    "qwen3": Family("pre", NORMS_A, HEAD_DIM, qk_norm="head"),
+    "glm4": Family(
+        "sandwich",
+        NORMS_AB,
+        HEAD_DIM,
+        is_interleaved=True,
+        write=lambda c: {"attention_bias": False, "partial_rotary_factor": 1.0},
+    ),
+    "olmo2": Family("out", NORMS_B, qk_norm="full"),
+    "mixtral": Family("pre", NORMS_A, N_LOCAL | HEAD_DIM, mlps=("experts",)),
+    "olmoe": Family("pre", NORMS_A, N_EXPERTS, qk_norm="full", mlps=("experts",)),
     "qwen3_moe": Family(
         "pre",
-        ATTENTION | QK_NORM | NORMS_A | DENSE | EXPERTS,  # a layer has the one or the other
+        NORMS_A,
         N_EXPERTS | HEAD_DIM,
-        "head",
+        qk_norm="head",
+        mlps=("experts", "dense"),
         write=qwen3_moe_write,
         read=qwen3_moe_read,
     ),
     "granitemoeshared": Family(
-        "pre", ATTENTION | NORMS_A | EXPERTS_AND_SHARED, N_LOCAL, write=granite_write, read=granite_read
+        "pre",
+        NORMS_A,
+        N_LOCAL,
+        mlps=("shared experts",),
+        write=lambda c: {
+            "shared_intermediate_size": c.n_expert_shared * c.n_hidden,
+            "attention_multiplier": c.head_dim**-0.5,
+        },
+        read=lambda theirs: {"n_expert_shared": theirs.shared_intermediate_size // theirs.intermediate_size},
     ),
 }
 
 
 def misfits(family, model):
     """Why a folded model is not one of the family, one phrase each."""
-    c, tensors, layers = model.config, family.tensors.values(), len(model.blocks)
+    c = model.config
     residuals = [r for block in model.blocks for r in (block.attn_residual, block.mlp_residual)]
     places = sorted({places_of(r) or "none" for r in residuals})
-    n_moe = sum(isinstance(block.mlp, MoE) for block in model.blocks)
-    may_have_dense, may_have_experts = "mlp.down_proj.weight" in tensors, "mlp.router.weight" in tensors
-    facts = [  # what, in the family, in the model
-        ("norm_type", "rmsnorm", c.norm_type),
-        ("place of norms", SCHEMES[family.norm].norms, " and ".join(places)),
-        ("qk_norm", family.qk_norm, c.qk_norm),
-        ("qk_norm_type", "rmsnorm", c.qk_norm_type or "rmsnorm"),
-        ("v_norm", False, c.v_norm),
-        ("qkv_bias", "attn.q_proj.bias" in tensors, c.qkv_bias),
-        ("use of experts", may_have_experts, n_moe > 0),
-        ("use of shared experts", "mlp.shared.down_proj.weight" in tensors, n_moe > 0 and c.n_expert_shared > 0),
-    ]
-    if may_have_experts and not may_have_dense:
-        facts.append(("number of layers with experts", layers, n_moe))
-    if "norm_topk_prob" not in family.settings:
-        facts.append(("normalize_gates", True, c.normalize_gates))
-    if "head_dim" not in family.settings:
-        facts.append(("head_dim", c.n_embd // c.n_head, c.head_dim))
-    return [f"its {what} is {theirs}, not {ours}" for what, theirs, ours in facts if theirs != ours]
+    facts = [("place of norms", SCHEMES[family.norm].norms, " and ".join(places))]
+    fixed = {
+        "norm_type": "rmsnorm",
+        "qk_norm": family.qk_norm,
+        "qk_norm_type": "rmsnorm" if c.qk_norm_type else None,  # None: norm_type
+        "v_norm": False,
+        "qkv_bias": family.qkv_bias,
+        "normalize_gates": True,
+        "head_dim": c.n_embd // c.n_head,
+    }
+    facts += [(name, value, getattr(c, name)) for name, value in fixed.items() if name not in family.settings.values()]
+    reasons = [f"its {what} is {theirs}, not {ours}" for what, theirs, ours in facts if theirs != ours]
+    experts = "shared experts" if c.n_expert_shared else "experts"
+    mlps = {experts if isinstance(block.mlp, MoE) else "dense" for block in model.blocks}
+    if family.mlps[0] not in mlps or mlps - set(family.mlps):
+        reasons.append(f"its MLPs are {' and '.join(family.mlps)}, not {' and '.join(sorted(mlps))}")
+    return reasons
 
 
 def places_of(residual):
@@ -365,64 +331,52 @@ def find_family(model, name=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Their tensors and ours
+# What both directions use
 
 
-def load_transformers():
-    """The library transformers; UserError if it or one that it needs here is not installed."""
-    for name in ("safetensors", "tokenizers"):
-        prepare_data.optional(name, "transformers")
-    return prepare_data.optional("transformers")
+@contextmanager
+def explained(what):
+    """Turns any error within into a UserError that begins with `what`. For calls of other libraries, which have error
+    classes of their own (safetensors even for a full disk)."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{what}: {reason}") from None
 
 
-def tensor_names(family, config, ours, theirs):
-    """{their name: our names} for the tensors of two models; `ours` and `theirs` are their state dicts. UserError for a
-    tensor without counterpart."""
-    rows = {name: [our] for name, our in MODEL.items()}
-    for i in range(config.n_layer):
-        for name, our in family.tensors.items():
-            parts = [our] if isinstance(our, str) else our
-            rows[f"model.layers.{i}.{name}"] = [f"blocks.{i}.{part}" for part in parts]
-    rows = {name: parts for name, parts in rows.items() if parts[0] in ours}  # dense or experts, as the layer is
-    named = {part for parts in rows.values() for part in parts}
-    left = (theirs.keys() ^ rows.keys()) | (ours.keys() ^ named)
-    if left:
-        version = load_transformers().__version__
+def settings_of(name, c):
+    """The settings of transformers' config class for a GPTConfig as the family `name`."""
+    family = FAMILIES[name]
+    settings = {theirs: getattr(c, ours) for theirs, ours in (SETTINGS | family.settings).items()}
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {**settings, **family.write(c), **tokens, "rope_parameters": rope}
+
+
+def tensor_pairs(model, theirs, family):
+    """(ours, theirs) for each weight of a GPT and of a transformers model: views of their memory, of one shape, so that
+    one can be copied into the other. UserError for a tensor of either without counterpart."""
+    parts, ours = {}, model.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        for old, new in (NAMES | family.norm_names).items():
+            name = name.replace(old, new)
+        if "gate_up" in name:
+            gate, up = tensor.chunk(2, dim=-2)
+            parts |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        else:
+            parts[name] = tensor
+    if left := ours.keys() ^ parts.keys():
+        version = prepare_data.optional("transformers").__version__
         raise UserError(f"{min(left)} has no counterpart in the table; it is for transformers 5.24, here is {version}")
-    return rows
-
-
-def swap_rotation(family, name, tensor, head_dim, is_back):
-    """For a family that rotates neighbours: the rows of a query or key matrix (heads * head_dim, ...) with each head's
-    pairs (i, i + head_dim / 2) brought next to each other, or back. Other tensors as they are."""
-    if not family.is_interleaved or "q_proj" not in name and "k_proj" not in name:
-        return tensor
-    pairs = (head_dim // 2, 2) if is_back else (2, head_dim // 2)
-    return tensor.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
-
-
-def to_theirs(model, theirs, family):
-    """Puts the weights of a folded model into the transformers model `theirs`."""
-    ours, state = model.state_dict(), {}
-    for name, parts in tensor_names(family, model.config, ours, theirs.state_dict()).items():
-        tensor = torch.cat([ours[part] for part in parts], -2) if len(parts) > 1 else ours[parts[0]]
-        state[name] = swap_rotation(family, name, tensor, model.config.head_dim, is_back=False)
-    theirs.load_state_dict(state)
-
-
-def from_theirs(theirs, config, family):
-    """The GPT(config) with the weights of the transformers model `theirs`."""
-    with torch.device("meta"):
-        model = GPT(config)
-    given, state = theirs.state_dict(), {}
-    for name, parts in tensor_names(family, config, model.state_dict(), given).items():
-        tensor = swap_rotation(family, name, given[name], config.head_dim, is_back=True)
-        tensors = tensor.chunk(len(parts), -2) if len(parts) > 1 else [tensor]
-        state |= {part: t.clone(memory_format=torch.contiguous_format) for part, t in zip(parts, tensors)}
-    model.load_state_dict(state, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.eval()
+    for name, tensor in parts.items():
+        our = ours[name]
+        if family.is_interleaved and ("q_proj" in name or "k_proj" in name):
+            half = model.config.head_dim // 2  # a head's rows are `half` pairs for them, two halves for us
+            our, tensor = our.unflatten(0, (-1, 2, half)), tensor.unflatten(0, (-1, half, 2)).transpose(1, 2)
+        yield our, tensor
 
 
 @torch.no_grad()
@@ -454,8 +408,8 @@ def absorb(plain):
                 scale_branch(residual, f, b if isinstance(residual.out_norm, Norm) else b[:, None])
                 residual.branch_scale = None
         if isinstance(block.mlp, MoE) and c.average_shared and c.n_expert_shared:
-            scale_output(block.mlp.experts, c.n_expert_active / (c.n_expert_active + 1))
-            scale_output(block.mlp.shared, 1 / (c.n_expert_active + 1))
+            scale_matrices(block.mlp.experts, LAST, c.n_expert_active / (c.n_expert_active + 1))
+            scale_matrices(block.mlp.shared, LAST, 1 / (c.n_expert_active + 1))
             block.mlp.average_shared = False
     if c.embed_norm and c.tie_embeddings:
         raise UserError("the embedding's norm cannot go into a table that is the head too (tie_embeddings)")
@@ -488,60 +442,38 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
             raise UserError(f"{folder} exists; --overwrite replaces it")
     plain = absorb(fold(model))
     name = find_family(plain, family)
-    theirs, new_tokenizer = build_theirs(plain, name, tokenizer)
-    difference = check_logits(model, theirs, max_difference)
-
-    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        theirs.save_pretrained(partial, max_shard_size="1000GB")
-        (partial / "generation_config.json").unlink(missing_ok=True)  # says nothing that config.json does not
-        if new_tokenizer is not None:
-            new_tokenizer.save_pretrained(partial)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-    except Exception as error:  # safetensors has an error class of its own, for a full disk too
-        raise UserError(f"cannot write {folder}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    return name, difference
-
-
-def build_theirs(plain, name, tokenizer):
-    """The transformers model of the family `name` with the weights of a folded model, and its tokenizer or None."""
-    transformers, new_tokenizer = load_transformers(), None
-    try:
+    transformers, new_tokenizer = prepare_data.optional("transformers"), None
+    with explained(f"transformers {transformers.__version__} cannot build this {name} (5.24 was tried)"):
         config = transformers.AutoConfig.for_model(name, **settings_of(name, plain.config))
         if tokenizer is not None:
             new_tokenizer = build_tokenizer(tokenizer, plain.config)
             config.bos_token_id = config.eos_token_id = new_tokenizer.eos_token_id
         theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=plain.lm_head.weight.dtype)
-        to_theirs(plain, theirs, FAMILIES[name])
-    except UserError:
-        raise
-    except Exception as error:  # each class checks in its own way
-        version = transformers.__version__
-        raise UserError(f"transformers {version} cannot build this {name} (5.24 was tried): {error}") from None
-    return theirs, new_tokenizer
+        for our, tensor in tensor_pairs(plain, theirs, FAMILIES[name]):
+            tensor.copy_(our)
+    difference = check_logits(model, theirs, max_difference)
 
-
-def settings_of(name, c):
-    """The settings of transformers' config class for a GPTConfig as the family `name`."""
-    family = FAMILIES[name]
-    settings = {theirs: getattr(c, ours) for theirs, ours in (SETTINGS | family.settings).items()}
-    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return {**settings, **family.write(c), **tokens, "rope_parameters": rope}
+    with explained(f"cannot write {folder}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            new, old = Path(beside) / "new", Path(beside) / "old"
+            theirs.save_pretrained(new, max_shard_size="1000GB")
+            (new / "generation_config.json").unlink(missing_ok=True)  # says nothing that config.json does not
+            if new_tokenizer is not None:
+                new_tokenizer.save_pretrained(new)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+    return name, difference
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Import
 
+LOCAL_AND_SAFE = {"local_files_only": True, "trust_remote_code": False}
 
+
+@torch.no_grad()
 def import_hf(folder, block_size=None, max_difference=1e-3):
     """The GPT in a Hugging Face folder, float32: config.json and safetensors. `block_size` shortens the context.
 
@@ -549,14 +481,13 @@ def import_hf(folder, block_size=None, max_difference=1e-3):
     that has an effect and no place in GPTConfig, for tensors that are missing, too many or of another shape, and for
     logits that differ from transformers' by more than `max_difference`.
     """
-    folder = Path(folder)
     name = check_folder(folder)["model_type"]
     config = read_config(folder, name)
     if block_size and block_size > config.block_size:
         raise UserError(f"block_size {block_size} is longer than the {config.block_size} of {folder}")
     config.block_size = block_size or config.block_size
-    try:
-        theirs, loading = load_transformers().AutoModelForCausalLM.from_pretrained(
+    with explained(f"weights in {folder} cannot be read"):
+        theirs, loading = prepare_data.optional("transformers").AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -564,35 +495,28 @@ def import_hf(folder, block_size=None, max_difference=1e-3):
             output_loading_info=True,
             **LOCAL_AND_SAFE,
         )
-    except Exception as error:  # safetensors has an error class of its own for damaged files
-        raise UserError(f"weights in {folder} cannot be read: {error}") from None
-    faults = [f"no tensor {tensor}" for tensor in sorted(loading["missing_keys"])]
-    faults += [f"a tensor that has no place here, {tensor}" for tensor in sorted(loading["unexpected_keys"])]
-    faults += [f"{n} of shape {tuple(s)}, the config gives {tuple(t)}" for n, s, t in loading["mismatched_keys"]]
-    if faults:
-        raise UserError(f"the weights in {folder} have {faults[0]}")
-    model = from_theirs(theirs, config, FAMILIES[name])
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[fault]:
+            raise UserError(f"the weights in {folder} have {fault}, {min(loading[fault])}")
+    with torch.device("meta"):  # nothing is drawn only to be overwritten
+        model = GPT(config).eval()
+    model.to_empty(device="cpu")
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    for our, tensor in tensor_pairs(model, theirs, FAMILIES[name]):
+        our.copy_(tensor)
     check_logits(model, theirs, max_difference)
     return model
 
 
-LOCAL_AND_SAFE = {"local_files_only": True, "trust_remote_code": False}
-
-
 def check_folder(folder):
-    """The object in the config.json of a Hugging Face folder; UserError for what can be told without transformers."""
-    path = folder / "config.json"
-    try:
+    """The object in the config.json of a Hugging Face folder; UserError unless its model_type is a row of FAMILIES."""
+    path = Path(folder) / "config.json"
+    with explained(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         name = content.get("model_type")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(name, str) or name not in FAMILIES:
+    if name not in list(FAMILIES):
         raise UserError(f"unknown model_type {name!r}; known: {', '.join(FAMILIES)}")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has no model.safetensors; weights of other kinds are not read")
     return content
 
 
@@ -601,33 +525,26 @@ def read_config(folder, name):
 
     What it holds is what an export of it would write: any other setting of theirs has to be without effect.
     """
-    transformers, family = load_transformers(), FAMILIES[name]
-    try:
+    transformers, family = prepare_data.optional("transformers"), FAMILIES[name]
+    with explained(f"{folder}/config.json is damaged"):
         theirs = transformers.AutoConfig.from_pretrained(folder, **LOCAL_AND_SAFE)
-        fields = {ours: getattr(theirs, setting, None) for setting, ours in (SETTINGS | family.settings).items()}
+        fields = dict(norm=family.norm, qk_norm=family.qk_norm, qkv_bias=family.qkv_bias)
+        fields |= {ours: getattr(theirs, setting, None) for setting, ours in (SETTINGS | family.settings).items()}
         fields |= family.read(theirs)
         rope = dict(theirs.rope_parameters)
         fields["rope_theta"] = rope.pop("rope_theta")
         rotated = rope.pop("partial_rotary_factor", 1)
         rope.pop("type", None)  # an older name of rope_type
         fields["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    except UserError:
-        raise
-    except Exception as error:  # each class checks in its own way
-        raise UserError(f"{folder}/config.json is damaged ({type(error).__name__}: {error})") from None
+        config = build_settings(GPTConfig, fields)
     if rotated != 1:
         raise UserError(f"config.json has partial_rotary_factor {rotated}; heads here are rotated whole")
-    bias = "attn.q_proj.bias" in family.tensors.values()
-    try:
-        config = build_settings(GPTConfig, fields | dict(norm=family.norm, qk_norm=family.qk_norm, qkv_bias=bias))
-    except UserError as error:
-        raise UserError(f"config.json: {error}") from None
 
     written = transformers.AutoConfig.for_model(name, **settings_of(name, config))
-    handled = NO_EFFECT | SETTINGS.keys() | family.settings.keys() | {"rope_parameters"}
     for setting, value in theirs.to_diff_dict().items():
         ours = getattr(written, setting, None)
-        if setting not in handled and value != ours and (value or ours):
+        is_same = value == ours or value is None or not (value or ours)
+        if not is_same and setting not in {*NO_EFFECT, "rope_parameters"}:
             raise UserError(f"config.json has {setting} {value!r}; only {ours!r} can be represented here")
     return config
 
@@ -638,7 +555,7 @@ def read_config(folder, name):
 
 def build_tokenizer(state, config):
     """The transformers tokenizer of a tokenizer state (prepare_data.tokenizer_state)."""
-    transformers, encoding = load_transformers(), prepare_data.build_encoding(state)
+    transformers, encoding = prepare_data.optional("transformers"), prepare_data.build_encoding(state)
     if "json" in state:
         tokenizer, end = prepare_data.optional("tokenizers").Tokenizer.from_str(state["json"]), state["eot_token"]
     else:
@@ -666,17 +583,15 @@ def import_tokenizer(folder):
 
     The token between documents, our end of text, is the one that begins their texts, or else the one that ends them.
     """
-    config, path = check_folder(Path(folder)), Path(folder) / "tokenizer.json"
+    config, path = check_folder(folder), Path(folder) / "tokenizer.json"
     if not path.exists():
         raise UserError(f"there is no {path}")
+    begin, end = config.get("bos_token_id"), config.get("eos_token_id")
+    ends = end if isinstance(end, list) else [end]
     tokenizers = prepare_data.optional("tokenizers", "transformers")
-    try:
+    with explained(f"{path} cannot be read"):
         words = {number: word for word, number in tokenizers.Tokenizer.from_file(str(path)).get_vocab().items()}
-        begin, end = config.get("bos_token_id"), config.get("eos_token_id")
-        ends = end if isinstance(end, list) else [end]
         between = next((words[number] for number in (begin, *ends) if number in words), "")
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path} cannot be read: {error}") from None
     return prepare_data.tokenizer_state(prepare_data.get_tokenizer(str(path), between))
 
 
@@ -689,8 +604,7 @@ def write_data(settings, tokenizer):
         folder = prepare_data.prepare(prepare_data.Settings(**given, val_fraction=0.5))
     except prepare_data.BadText:
         folder = prepare_data.prepare(prepare_data.Settings(**given, val_fraction=1e-9))
-    train, val = (prepare_data.read_meta(folder)["splits"][split]["tokens"] for split in ("train", "val"))
-    print(f"wrote {folder}: {train:,} tokens for training, {val:,} held out")
+    print(f"wrote {folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -715,11 +629,10 @@ def score_continuations(model, pairs, batch_size=16):
         batch = longest_first[first : first + batch_size]
         inputs = [rows[i][:-1] for i in batch]
         idx = nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # at the right end: not seen by what is before
-        logits = model(idx.to(device))[0]
-        for i, row_logits in zip(batch, logits):
+        for i, logits in zip(batch, model(idx.to(device))[0]):
             end, n = len(rows[i]), len(pairs[i][1])
             tokens = rows[i][end - n :].to(device)
-            log_p = row_logits[end - n - 1 : end - 1].float().log_softmax(-1)
+            log_p = logits[end - n - 1 : end - 1].float().log_softmax(-1)
             is_greedy = bool((log_p.argmax(-1) == tokens).all())
             scores[i] = log_p.gather(1, tokens[:, None]).sum().item(), is_greedy
     return scores
@@ -730,20 +643,18 @@ def generate_text(model, encoding, prompt, max_tokens, stops=(), temperature=0.0
 
     The prompt is cut at its left end, so that all fits in the block; but half a block of it is kept in any case.
     """
-    size, end_of_text = model.config.block_size, encoding.eot_token
+    size = model.config.block_size
     kept = max(size - max_tokens, size // 2, 1)
-    ids = prepare_data.encode(encoding, prompt).tolist() or [end_of_text]
+    ids = prepare_data.encode(encoding, prompt).tolist() or [encoding.eot_token]
     idx = torch.tensor([ids[-kept:]], device=model.lm_head.weight.device)
-    start, text, has_ended = idx.shape[1], "", False
-    while not has_ended and idx.shape[1] - start < max_tokens:
+    stops = [stop for stop in stops if stop] + [prepare_data.decode(encoding, [encoding.eot_token])]
+    start, text, ends = idx.shape[1], "", []
+    while not ends and idx.shape[1] - start < max_tokens:
         n = min(16, start + max_tokens - idx.shape[1])  # a few at a time, so that an end is seen soon
         idx = model.generate(idx, n, temperature, top_k)
-        new = idx[0, start:].tolist()
-        text = prepare_data.decode(encoding, itertools.takewhile(lambda token: token != end_of_text, new))
-        ends = [text.index(stop) for stop in stops if stop and stop in text]
-        text = text[: min(ends, default=len(text))]
-        has_ended = bool(ends) or end_of_text in new
-    return text
+        text = prepare_data.decode(encoding, idx[0, start:].tolist())
+        ends = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))]
 
 
 def harness_model(out_dir, device="auto", batch_size=16):
@@ -751,12 +662,9 @@ def harness_model(out_dir, device="auto", batch_size=16):
 
     Texts are tokenized as the run's data were, special tokens as ordinary text, and no token is put before them; an
     empty context is the start of a document. UserError for a folder without a run, a run without a tokenizer, and where
-    lm_eval is not installed.
+    lm_eval is not installed; ValueError for a device that cannot be used.
     """
-    try:
-        model, checkpoint = load_run(out_dir, find_device(device))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    model, checkpoint = load_run(out_dir, find_device(device))
     if checkpoint["tokenizer"] is None:
         raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
     encoding = prepare_data.build_encoding(checkpoint["tokenizer"])
@@ -788,7 +696,7 @@ def harness_model(out_dir, device="auto", batch_size=16):
             texts = []
             for prompt, given in progress([request.args for request in requests], "generations"):
                 kwargs = generation.normalize_gen_kwargs(given)
-                temperature = kwargs.get("temperature", 0.0) if kwargs["do_sample"] else 0.0
+                temperature = kwargs.get("temperature", 0.0)
                 unknown = kwargs.keys() - {"do_sample", "temperature", "top_k", "until", "max_gen_toks"}
                 if unknown and temperature:
                     raise UserError(f"sampling here knows temperature and top_k, not {', '.join(sorted(unknown))}")
@@ -797,30 +705,6 @@ def harness_model(out_dir, device="auto", batch_size=16):
             return texts
 
     return HarnessModel()
-
-
-def find_tasks(names):
-    """lm_eval's TaskManager and the list of tasks in `names`, separated by commas: names of tasks, groups of tasks, or
-    yaml files. UserError for one that there is not."""
-    manager = prepare_data.optional("lm_eval.tasks", "lm_eval").TaskManager()
-    names = names.split(",")
-    for name in names:
-        if name not in manager.all_tasks and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
-            near = difflib.get_close_matches(name, manager.all_tasks)
-            hint = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists them"
-            raise UserError(f"unknown task {name!r}, neither one of lm_eval's nor a yaml file; {hint}")
-    return manager, names
-
-
-@contextmanager
-def task_errors(names):
-    """Makes an error of lm_eval's, which raises of all kinds for a task that it cannot load or run, a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"lm_eval cannot run {names}: {type(error).__name__}: {error}") from None
 
 
 def convert_questions(task, num_fewshot=None):
@@ -856,14 +740,6 @@ def convert_questions(task, num_fewshot=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
-# What the program does -> the settings that it needs, and those that have an effect too.
-ACTIONS = {
-    "export": (["out_dir", "to"], ["family", "max_difference", "overwrite"]),
-    "import_from": (["out_dir"], ["block_size", "text", "max_difference", "overwrite"]),
-    "harness": (["out_dir"], ["to", "num_fewshot", "limit", "batch_size", "device", "overwrite"]),
-    "questions_from": (["to"], ["num_fewshot", "overwrite"]),
-}
-
 
 @dataclass
 class Settings:
@@ -889,14 +765,14 @@ class Settings:
         actions = [name for name in ACTIONS if getattr(self, name) is not None]
         if len(actions) != 1:
             raise ValueError("give one of --export=hf, --import_from=FOLDER, --harness=TASKS, --questions_from=TASKS")
-        needed, others = ACTIONS[actions[0]]
-        for name in needed:
-            if getattr(self, name) is None:
-                raise ValueError(f"--{actions[0]} needs --{name}=PATH too")
+        self.action = actions[0]
+        _, needed, others = ACTIONS[self.action]
         for name, value in asdict(self).items():
+            if name in needed and value is None:
+                raise ValueError(f"--{self.action} needs --{name}=PATH too")
             is_given = value not in (Settings.__dataclass_fields__[name].default, [])
-            if is_given and name not in [*actions, *needed, *others]:
-                raise ValueError(f"{name} has no effect with --{actions[0]}")
+            if is_given and name not in [self.action, *needed, *others]:
+                raise ValueError(f"{name} has no effect with --{self.action}")
 
 
 def save_run(model, out_dir, tokenizer):
@@ -919,10 +795,7 @@ def export_run(settings):
     """--export: the model of the run in out_dir, written to the folder --to."""
     model, checkpoint = load_run(settings.out_dir)
     tokenizer, options = checkpoint["tokenizer"], (settings.family, settings.max_difference, settings.overwrite)
-    try:
-        name, difference = export_hf(model, settings.to, tokenizer, *options)
-    except ValueError as error:
-        raise UserError(f"{settings.out_dir} cannot be folded: {error}") from None
+    name, difference = export_hf(model, settings.to, tokenizer, *options)
     print(f"wrote {settings.to}: a {name}, logits within {difference:.1e} of the run's")
     if tokenizer is None:
         print("without a tokenizer: the run's data named none")
@@ -930,17 +803,18 @@ def export_run(settings):
 
 def import_run(settings):
     """--import_from: the model of that folder, written as the run out_dir, with --text as its data."""
-    folder, out_dir = Path(settings.import_from), Path(settings.out_dir)
+    folder, out_dir = settings.import_from, Path(settings.out_dir)
     check_folder(folder)
     if (out_dir / "ckpt.pt").exists() and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run; --overwrite replaces it")
     prepare_data.find_files(settings.text)  # what is wrong ends it before anything is read or written
+    tokenizer = None
     try:
-        tokenizer, reason = import_tokenizer(folder), None
+        tokenizer = import_tokenizer(folder)
     except UserError as error:
-        tokenizer, reason = None, error
         if settings.text:
             raise UserError(f"--text needs the model's tokenizer: {error}") from None
+        print(f"without a tokenizer, so that it cannot be sampled: {error}")
     model = import_hf(folder, settings.block_size, settings.max_difference)
     out_dir.mkdir(parents=True, exist_ok=True)
     if settings.text:
@@ -948,18 +822,14 @@ def import_run(settings):
     save_run(model, out_dir, tokenizer)
     count = model.count_params()["total"]
     print(f"wrote {out_dir}/ckpt.pt: {model.config.norm}, {model.config.n_layer} layers, {count:,} parameters")
-    if tokenizer is None:
-        print(f"without a tokenizer, so that it cannot be sampled: {reason}")
 
 
 def run_harness(settings):
     """--harness: lm_eval's table of results for the run in out_dir, and the numbers in the file --to."""
-    check_free(settings)
     model = harness_model(settings.out_dir, settings.device, settings.batch_size)
-    manager, names = find_tasks(settings.harness)
     lm_eval, options = prepare_data.optional("lm_eval"), {"num_fewshot": settings.num_fewshot, "limit": settings.limit}
-    with task_errors(settings.harness):
-        results = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, log_samples=False, **options)
+    with explained(f"lm_eval cannot run {settings.harness!r}"):
+        results = lm_eval.simple_evaluate(model, tasks=settings.harness.split(","), log_samples=False, **options)
     for column in ("results", "groups"):
         if results.get(column):
             print(lm_eval.utils.make_table(results, column))
@@ -970,33 +840,34 @@ def run_harness(settings):
 
 def write_questions(settings):
     """--questions_from: the questions of those tasks, one after another, in the jsonl --to."""
-    check_free(settings)
-    manager, names = find_tasks(settings.questions_from)
-    with task_errors(settings.questions_from):
-        tasks = manager.load(names)["tasks"].values()
+    manager = prepare_data.optional("lm_eval.tasks", "lm_eval").TaskManager()
+    with explained(f"lm_eval cannot load {settings.questions_from!r}"):
+        tasks = manager.load(settings.questions_from.split(","))["tasks"].values()
         questions = [q for task in tasks for q in convert_questions(task, settings.num_fewshot)]
         lines = "".join(json.dumps(q) + "\n" for q in questions)
     save_whole(settings.to, lambda file: file.write(lines.encode()))
     print(f"wrote {settings.to}: {len(questions):,} questions")
 
 
-def check_free(settings):
-    """UserError if there is a file --to that may not be replaced."""
-    if settings.to and Path(settings.to).exists() and not settings.overwrite:
-        raise UserError(f"{settings.to} is there already; --overwrite replaces it")
+# What the program can do: the function, the settings that it needs, and those that have an effect too.
+ACTIONS = {
+    "export": (export_run, ["out_dir", "to"], ["family", "max_difference", "overwrite"]),
+    "import_from": (import_run, ["out_dir"], ["block_size", "text", "max_difference", "overwrite"]),
+    "harness": (run_harness, ["out_dir"], ["to", "num_fewshot", "limit", "batch_size", "device", "overwrite"]),
+    "questions_from": (write_questions, ["to"], ["num_fewshot", "overwrite"]),
+}
 
 
 def main():
     settings = configure(Settings, "Exports a run's model or imports one, in Hugging Face form; runs benchmarks.")
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")  # it says what matters itself
-    if settings.export is not None:
-        export_run(settings)
-    elif settings.import_from is not None:
-        import_run(settings)
-    elif settings.harness is not None:
-        run_harness(settings)
-    else:
-        write_questions(settings)
+    if settings.to and Path(settings.to).exists() and not settings.overwrite:
+        raise UserError(f"{settings.to} is there already; --overwrite replaces it")
+    action, _, _ = ACTIONS[settings.action]
+    try:
+        action(settings)
+    except ValueError as error:  # of a model that cannot be folded, or a device that cannot be used
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

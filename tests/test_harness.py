@@ -359,8 +359,8 @@ def test_contexts_with_one_continuation(lm_eval, tmp_path):
     lm = interchange.harness_model(tmp_path / "run", "cpu")
     acc = lm_eval.simple_evaluate(lm, tasks=[task])["results"]["ends"]["acc,none"]
 
-    manager, names = interchange.find_tasks(task)
-    questions = interchange.convert_questions(manager.load(names)["tasks"]["ends"])
+    manager = prepare_data.optional("lm_eval.tasks").TaskManager()
+    questions = interchange.convert_questions(manager.load([task])["tasks"]["ends"])
     expected = [{"prompt": r["contexts"], "choices": [r["end"]] * 2, "answer": r["best"]} for r in rows]
     assert questions == expected
     right = 0
@@ -383,14 +383,11 @@ def test_tasks_that_cannot_be_used(lm_eval, tmp_path, monkeypatch, capsys):
     Path("lost.jsonl").unlink()
     on_run = "--out_dir=run --device=cpu --harness="
     for args, message in [
-        (
-            on_run + "arc_eazy",
-            "unknown task 'arc_eazy', neither one of lm_eval's nor a yaml file; did you mean arc_easy",
-        ),
-        (on_run + "nothing.yaml", "unknown task 'nothing.yaml'"),
-        (on_run + "lost.yaml", "lm_eval cannot run lost.yaml: "),
+        (on_run + "arc_eazy", "lm_eval cannot run 'arc_eazy': KeyError: \"Spec 'arc_eazy' is not a registered task"),
+        (on_run + "nothing.yaml", "lm_eval cannot run 'nothing.yaml': "),
+        (on_run + "lost.yaml", "lm_eval cannot run 'lost.yaml': "),
         (on_run + "long.yaml", "a continuation has 61 tokens, more than the block size 48"),
-        ("--to=q.jsonl --questions_from=", "unknown task ''"),
+        ("--to=q.jsonl --questions_from=", "lm_eval cannot load '': "),
         ("--to=q.jsonl --questions_from=say.yaml", "task say is of output_type generate_until; only multiple_choice"),
         ("--to=q.jsonl --questions_from=tight.yaml", "task tight puts '' before a choice; analyze.py puts a space"),
         ("--to=q.jsonl --questions_from=wrong.yaml", "task wrong, question 4: the answer 4 is not one of 4"),

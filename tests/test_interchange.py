@@ -100,11 +100,17 @@ def test_fold_in_float32_after_training_steps():
     assert (fold(model)(idx)[0] - model(idx)[0]).abs().max() < 1e-4
 
 
-def test_fold_refuses_what_it_cannot_divide_by():
+def test_fold_of_gates_that_take_nearly_all_away():
+    for norm in ("gpas_pre", "gpas_b2t"):
+        model = randomized(small(norm, gpas_act="identity"), torch.float64)
+        model.set_gates([0.5, 0.5, 1.0, 0.5])  # 1 - act(a) = 0, of which gate_scale makes 1e-7
+        idx, _ = batch(model.config)
+        logits = model(idx)[0]
+        assert (fold(model)(idx)[0] - logits).abs().max() < 1e-10 * logits.abs().max()
+
+
+def test_fold_refuses_more_than_the_weights_can_take_up():
     model = GPT(small("gpas_pre", gpas_act="identity"))
-    model.set_gates([0.5, 0.5, 1.0, 0.5])
-    with pytest.raises(ValueError, match=r"layer 3: the gate \[1.0\] scales by 1 - act\(a\) = 0"):
-        fold(model)
     model.set_gates([1 - 1e-6] * 4)
     for block in model.blocks:
         block.mlp.down_proj.weight.data.mul_(1e20)
@@ -200,8 +206,8 @@ def test_a_pruned_model_is_exported(transformers, tmp_path):
         (dict(norm="pre", qk_norm="full"), "its qk_norm is none, not full"),
         (dict(norm="pre", qkv_bias=True, head_dim=12), "qwen2, but its head_dim is 8, not 12"),
         (dict(norm="pre", normalize_gates=False, **EXPERTS), "mixtral, but its normalize_gates is True, not False"),
-        (dict(norm="pre", moe_from=2, **EXPERTS), "mixtral, but its number of layers with experts is 4, not 3"),
-        (dict(norm="peri", **EXPERTS), "glm4, but its use of experts is False, not True"),
+        (dict(norm="pre", moe_from=2, **EXPERTS), "mixtral, but its MLPs are experts, not dense and experts"),
+        (dict(norm="peri", **EXPERTS), "glm4, but its MLPs are dense, not experts"),
         (dict(norm="peri", tie_embeddings=True), "the embedding's norm cannot go into a table that is the head"),
     ],
     ids=lambda x: "" if isinstance(x, str) else " ".join(map(str, x.values())),
@@ -333,8 +339,9 @@ def read_config(config, folder):
         (dict(vocab_size="abc"), "vocab_size.* expected int, got str"),
         (dict(max_position_embeddings=2.5), "max_position_embeddings.* expected int, got float"),
         (dict(rms_norm_eps=-1.0), "norm_eps"),
-        (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0, 1, 2]), "experts in layers"),
-        (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0]), "experts of width 768 beside dense layers of width"),
+        (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0, 1, 2]), "moe_from 4 must be a layer, of 3"),
+        (dict(model_type="qwen3_moe", **MOE, mlp_only_layers=[0]), "intermediate_size 40; only 768"),
+        (dict(model_type="qwen3_moe", **MOE, decoder_sparse_step=2), "decoder_sparse_step 2; only 1"),
         (dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2, clip_qkv=8.0), "clip_qkv 8.0; only None"),
         (dict(model_type="granitemoeshared", attention_multiplier=1.0, **MOE), "attention_multiplier 1.0; only 0.3535"),
         ({**GRANITE, "shared_intermediate_size": 60}, "shared_intermediate_size 60; only 40"),
@@ -358,7 +365,7 @@ def test_settings_that_are_read(transformers, tmp_path):
     assert config.qkv_bias
     config = read_config({**LLAMA, "model_type": "mixtral", **MOE}, tmp_path)
     assert config.rope_theta == 1e6 and config.n_expert == 4  # what transformers takes where a file is silent
-    every_second = dict(model_type="qwen3_moe", decoder_sparse_step=2, moe_intermediate_size=40, **MOE)
+    every_second = dict(model_type="qwen3_moe", mlp_only_layers=[0, 2], moe_intermediate_size=40, **MOE)
     config = read_config({**LLAMA, **every_second, "num_hidden_layers": 4}, tmp_path)
     assert config.head_dim == 8
     assert (config.moe_from, config.moe_every, config.n_expert, config.n_hidden) == (2, 2, 4, 40)
@@ -372,9 +379,9 @@ def test_damaged_weights(transformers, tmp_path):
     whole = safetensors.torch.load_file(path)
     lost = "model.layers.2.mlp.up_proj.weight"
     for change, message in [
-        (lambda t: t.pop(lost), f"no tensor {lost}"),
-        (lambda t: t.update(more=torch.ones(2)), "a tensor that has no place here, more"),
-        (lambda t: t.update({lost: torch.ones(2, 3)}), rf"{lost} of shape \(2, 3\), the config gives \(88, 32\)"),
+        (lambda t: t.pop(lost), f"have missing_keys, {lost}"),
+        (lambda t: t.update(more=torch.ones(2)), "have unexpected_keys, more"),
+        (lambda t: t.update({lost: torch.ones(2, 3)}), rf"have mismatched_keys, .*{lost}.*\[2, 3\].*\[88, 32\]"),
     ]:
         tensors = dict(whole)
         change(tensors)
@@ -385,7 +392,7 @@ def test_damaged_weights(transformers, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         import_hf(tmp_path / "there")
     path.unlink()
-    with pytest.raises(UserError, match="has no model.safetensors"):
+    with pytest.raises(UserError, match="no file named model.safetensors"):
         import_hf(tmp_path / "there")
     with pytest.raises(UserError, match="No such file"):
         import_hf(tmp_path / "nowhere")
@@ -403,10 +410,10 @@ def test_other_weights_than_safetensors_are_not_opened(transformers, tmp_path):
 def test_a_tensor_that_the_table_does_not_know(transformers, monkeypatch, tmp_path):
     export_hf(GPT(small("pre")), tmp_path / "there")
     row = FAMILIES["llama"]
-    fewer = {theirs: ours for theirs, ours in row.tensors.items() if "up_proj" not in theirs}
-    monkeypatch.setitem(FAMILIES, "llama", interchange.replace(row, tensors=fewer))
+    fewer = {theirs: ours for theirs, ours in row.norm_names.items() if theirs != "input_layernorm"}
+    monkeypatch.setitem(FAMILIES, "llama", interchange.replace(row, norm_names=fewer))
     for use in (lambda: import_hf(tmp_path / "there"), lambda: export_hf(GPT(small("pre")), tmp_path / "again")):
-        with pytest.raises(UserError, match="up_proj.weight has no counterpart in the table; it is for transformers"):
+        with pytest.raises(UserError, match="norm.weight has no counterpart in the table; it is for transformers"):
             use()
 
 
@@ -531,7 +538,7 @@ def test_program_there_and_back(tmp_path, monkeypatch, program, transformers):
     with pytest.raises(UserError, match="no text in empty.txt"):
         program(interchange, again[0], "--out_dir=fresh", "--text=empty.txt")
     assert not Path("fresh/ckpt.pt").exists()
-    assert "held out" in program(interchange, again[0], "--out_dir=one", "--text=text/0.txt")  # a single document
+    assert "wrote one/data" in program(interchange, again[0], "--out_dir=one", "--text=text/0.txt")  # a single document
     Path("back/data/notes.md").write_text("mine")
     with pytest.raises(UserError, match="back/data is not a data set: it holds notes.md"):
         program(interchange, *again)
@@ -581,11 +588,10 @@ def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("missing", ["transformers", "safetensors", "tokenizers"])
-def test_mistakes_come_before_a_missing_library(missing, tmp_path, monkeypatch, program):
+def test_mistakes_come_before_a_missing_library(tmp_path, monkeypatch, program):
     """transformers is named where it is needed, and not before what is wrong in any case."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     for name, config in (("run", small("pre")), ("post", small("post"))):
         Path(name).mkdir()
         interchange.save_run(GPT(config), Path(name), None)
@@ -596,8 +602,6 @@ def test_mistakes_come_before_a_missing_library(missing, tmp_path, monkeypatch, 
         program(interchange, export, "--out_dir=post", "--to=x")
     with pytest.raises(UserError, match="run is not an export, it holds ckpt.pt"):
         program(interchange, export, "--out_dir=run", "--to=run", "--overwrite")
-    with pytest.raises(UserError, match="there has no model.safetensors"):
-        program(interchange, into, "--out_dir=x")
     Path("there/model.safetensors").touch()
     with pytest.raises(UserError, match="run holds a run"):
         program(interchange, into, "--out_dir=run")
