@@ -471,11 +471,11 @@ def test_parquet(tmp_path):
         prepare(tmp_path, tmp_path / "a.parquet", dataset="e")
     source = prepare_data.find_files([str(tmp_path / "a.parquet")])[0]
     pieces = list(prepare_data.read_parquet(source, Place(), ["body"]))
-    assert [row for rows, _, _ in pieces for row, in rows] == texts
-    for i, (_, after, _) in enumerate(pieces):  # a continued run reads the rest as it would have been read
+    assert [row for rows, _ in pieces for row, in rows] == texts
+    for i, (_, after) in enumerate(pieces):  # a continued run reads the rest as it would have been read
         assert list(prepare_data.read_parquet(source, after, ["body"])) == pieces[i + 1 :]
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no PAR1")
-    with pytest.raises(UserError, match="a.parquet cannot be read as parquet"):
+    with pytest.raises(UserError, match="a.parquet cannot be read: Arrow"):
         prepare(tmp_path, tmp_path / "a.parquet", dataset="e")
 
 
@@ -540,7 +540,7 @@ def test_files_by_address(tmp_path, server, monkeypatch):
         prepare(tmp_path, f"{server}/good.txt.gz?download=true"),
     ):
         assert sorted("".join(documents(folder, "train") + documents(folder, "val")).splitlines()) == expected
-    with pytest.raises(UserError, match="short.txt cannot be read: the connection ended 238,890 bytes before the end"):
+    with pytest.raises(UserError, match="short.txt cannot be read: EOFError: the connection ended 238,890 bytes before the end"):
         prepare(tmp_path, f"{server}/short.txt", dataset="e")
     with pytest.raises(UserError, match="none.txt cannot be read: .*404|none.txt cannot be read: .*Not Found"):
         prepare(tmp_path, f"{server}/none.txt", dataset="e")
@@ -579,7 +579,7 @@ def test_hub_corpora_are_streamed_and_continued(tmp_path, monkeypatch, capsys):
     assert all_documents(whole) == sorted(row["text"] for row in hub.rows)
     hub.fail_after = 900
     args = dict(shuffle_buffer=100, save_interval=0.0, dataset="d")
-    with pytest.raises(UserError, match="hub:a/b::test cannot be read .ConnectionError: reset by peer.*goes on"):
+    with pytest.raises(UserError, match="hub:a/b::test cannot be read: ConnectionError: reset by peer.*goes on"):
         prepare(tmp_path, "hub:a/b::test", **args)
     hub.fail_after = None
     folder = prepare(tmp_path, "hub:a/b::test", **args)
@@ -597,7 +597,7 @@ def test_the_datasets_library_with_a_local_folder(tmp_path):
     folder = prepare(tmp_path, f"hub:{tmp_path}/hub")
     assert all_documents(folder) == sorted(f"text {i}" for i in range(600))
     source = prepare_data.Input(f"hub:{tmp_path}/hub", "hub")
-    assert [row for rows, _, _ in prepare_data.read_hub(source, Place(offset=256), ["text"]) for row, in rows] == [f"text {i}" for i in range(256, 600)]
+    assert [row for rows, _ in prepare_data.read_hub(source, Place(offset=256), ["text"]) for row, in rows] == [f"text {i}" for i in range(256, 600)]
 
 
 def test_problems_have_file_and_line(tmp_path, capsys):
@@ -1138,7 +1138,7 @@ def test_lists_of_turns_count_as_text_of_a_job(tmp_path):
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     inputs = prepare_data.find_files([str(tmp_path / "a.parquet")])
     jobs = list(prepare_data.read_jobs(inputs, Place(), ["conversations"]))
-    assert len(jobs) == 4 and sum(len(data) for job, _, _ in jobs for *_, data in job) == 2000
+    assert len(jobs) == 4 and sum(len(data) for job, _ in jobs for *_, data in job) == 2000
 
 
 def test_prompts_need_rows(tmp_path, corpus):
