@@ -98,10 +98,10 @@ class Settings:
             raise ValueError(f"prompt_field goes with shape=text; shape={self.shape} has prompts of its own")
         if self.val_fraction is None:  # the standard library has few files, and comparing runs needs half a megabyte
             self.val_fraction = 0.05 if self.dataset == "stdlib" and not self.input else 0.01
-        if self.tokenizer.startswith("bpe:"):
-            if not re.fullmatch(r"bpe:\d{1,7}", self.tokenizer) or int(self.tokenizer[4:]) < 257:
-                needed = "at least 257 (the bytes and the end of text), as in bpe:4096"
-                raise ValueError(f"tokenizer is {self.tokenizer!r}; bpe:N takes the size of a vocabulary, {needed}")
+        size = re.fullmatch(r"bpe:(\d{1,7})", self.tokenizer)
+        if self.tokenizer.startswith("bpe:") and not (size and int(size[1]) >= 257):
+            needed = "at least 257 (the bytes and the end of text), as in bpe:4096"
+            raise ValueError(f"tokenizer is {self.tokenizer!r}; bpe:N takes the size of a vocabulary, {needed}")
 
     @property
     def fields(self):
@@ -132,7 +132,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder, split, vocab_size, shard_size, shards=None):
-        """ValueError if the last of the `shards` to go on with lost a part."""
+        """UserError if the last of the `shards` to go on with lost a part."""
         self.folder, self.split, self.shard_size = Path(folder), split, shard_size
         self.dtype = np.dtype(token_type(vocab_size))
         self.shards = [] if shards is None else shards
@@ -152,7 +152,7 @@ class ShardWriter:
             file = open(path, "r+b" if shard["tokens"] else "wb")
             self.files.append(file)
             if shard["tokens"] and file.seek(0, os.SEEK_END) < size:
-                raise ValueError(f"{path} lost a part")
+                raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
             file.truncate(size)
             file.seek(size)
 
@@ -246,10 +246,8 @@ def find_data(dataset, data_dir, split):
         if folder.is_dir() and split == "train":
             raise UserError(f"{folder} holds no train shards (train_*.bin)")
     source = "" if dataset in CORPORA else "--input=PATH "
-    raise UserError(
-        f"no data set {dataset!r} with {split} shards in {data_dir}/; "
-        f"make it with: python prepare_data.py {source}--dataset={dataset}"
-    )
+    command = f"python prepare_data.py {source}--dataset={dataset}"
+    raise UserError(f"no data set {dataset!r} with {split} shards in {data_dir}/; make it with: {command}")
 
 
 class TokenData:
@@ -289,10 +287,9 @@ class TokenData:
         self.starts = None  # of the documents, where they are the rows
         if rows == "documents":
             if not meta:
-                raise UserError(
-                    f"rows=documents needs the end-of-text token, and {folder} has no meta.json that names it: "
-                    "python prepare_data.py --adopt --tokenizer=NAME writes one"
-                )
+                hint = "python prepare_data.py --adopt --tokenizer=NAME writes one"
+                lack = f"{folder} has no meta.json that names it"
+                raise UserError(f"rows=documents needs the end-of-text token, and {lack}: {hint}")
             self.eot = build_encoding(meta["tokenizer"]).eot_token
             self.starts = document_starts(self.shards, self.eot)
             if not len(self.starts):
@@ -301,10 +298,8 @@ class TokenData:
         # number of windows in the shards before each, and in all; none crosses from one shard into the next
         self.windows = np.cumsum([0, *(max(0, (len(tokens) - 1) // block_size) for tokens in self.shards)])
         if not self.windows[-1]:
-            raise UserError(
-                f"block_size {block_size} is longer than the {split} data in {folder}: "
-                f"{max(map(len, self.shards))} tokens in its longest shard, {block_size + 1} needed"
-            )
+            sizes = f"{max(map(len, self.shards))} tokens in its longest shard, {block_size + 1} needed"
+            raise UserError(f"block_size {block_size} is longer than the {split} data in {folder}: {sizes}")
 
     def __len__(self):
         return int(self.windows[-1]) if self.starts is None else len(self.starts)
@@ -342,10 +337,8 @@ class TokenData:
             here = slice(start - int(self.offsets[shard]), end - int(self.offsets[shard]))
             tokens = np.asarray(self.shards[shard][here])  # a plain array is faster
             if tokens.max() >= self.vocab_size:
-                raise UserError(
-                    f"shard {self.paths[shard]} holds token {tokens.max()}: "
-                    f"it does not fit the vocabulary of {self.vocab_size}"
-                )
+                misfit = f"token {tokens.max()}: it does not fit the vocabulary of {self.vocab_size}"
+                raise UserError(f"shard {self.paths[shard]} holds {misfit}")
             parts.append(tokens)
             if self.masks:
                 masks.append(self.masks[shard][here])
@@ -389,6 +382,7 @@ def permute(i, n, key):
 
 BATCH_BYTES = 1 << 24  # of text that is shuffled at once
 SMALL = 1 << 22  # bytes of input under which worker processes are not worth their start
+SHOW_INTERVAL = 10  # seconds between lines that say how far it is
 ALTERED = "altered by the tokenizer"
 NOT_BROKEN = ("empty", ALTERED)  # problems that are counted, but are no reason to stop
 # settings that do not change the shards
@@ -450,14 +444,17 @@ def write_shards(settings, inputs, source, encoding, partial):
     Documents are taken in batches. After a batch, `state` is all there is to know; it is saved every save_interval
     seconds, when what it speaks of is on the disk.
     """
-    started = saved = time.monotonic()
-    state, encoding, writers = begin(settings, inputs, encoding, partial)
+    started = saved = shown = time.monotonic()
+    state, encoding = begin(settings, inputs, encoding, partial)
     train, val = state["splits"]["train"], state["splits"]["val"]
-    total = sum(i.size for i in inputs) if all(i.size for i in inputs) else 0
-    progress = Progress(total, bytes_before(inputs, Place(*state["place"])))
+    new_writer = lambda n: ShardWriter(partial, n, encoding.n_vocab, settings.shard_size, state["splits"][n]["shards"])
+    writers = {split: new_writer(split) for split in SPLITS}
+    bytes_before = train["bytes"] + val["bytes"]
     can_continue = not any(i.path == "-" for i in inputs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_workers = settings.num_workers or (1 if encoding.name == "byte" or 0 < total < SMALL else cores)
+    sizes = [i.size for i in inputs]
+    is_small = None not in sizes and sum(sizes) < SMALL
+    num_workers = settings.num_workers or (1 if encoding.name == "byte" or is_small else cores)
     jobs = read_jobs(inputs, Place(*state["place"]), settings.fields)
     tokenized = tokenize_all(jobs, encoding, settings, num_workers, (partial, state["tokenizer"]))
     batch, waiting = [], []
@@ -467,14 +464,14 @@ def write_shards(settings, inputs, source, encoding, partial):
             for kind, where in problems:
                 count, places = state["problems"].get(kind, (0, []))
                 state["problems"][kind] = count + 1, (places + [where])[:3]
-            n_bytes = sum(document.n_bytes for document in batch)
-            if len(batch) < settings.shuffle_buffer and n_bytes < BATCH_BYTES:
+            if len(batch) < settings.shuffle_buffer and sum(document.n_bytes for document in batch) < BATCH_BYTES:
                 continue
             waiting, batch = write_batch(waiting + batch, settings, writers, state), []
             state["place"] = place
-            n_documents = train["documents"] + val["documents"]
-            progress.show(n_bytes, n_documents, train["tokens"] + val["tokens"], bytes_before(inputs, place))
-            if n_documents > 10_000:  # fewer are too few to judge a corpus by
+            if time.monotonic() - shown >= SHOW_INTERVAL:
+                shown = time.monotonic()
+                show_progress(state, (train["bytes"] + val["bytes"] - bytes_before) / (shown - started), inputs)
+            if train["documents"] > 10_000:  # fewer are too few to judge a corpus by
                 check_problems(settings, state, source)
             if settings.max_tokens and train["tokens"] >= settings.max_tokens:
                 break
@@ -493,7 +490,6 @@ def write_shards(settings, inputs, source, encoding, partial):
         for writer in writers.values():
             writer.close()
     finally:
-        progress.end()
         for writer in writers.values():
             writer.close(complete=False)
 
@@ -569,7 +565,8 @@ def halves(document, encoding, source):
 
 
 def begin(settings, inputs, encoding, partial):
-    """(state, encoding, {split: ShardWriter}) of an interrupted run with equal settings and inputs, or of a new one."""
+    """(state, encoding) of an interrupted run with equal settings and inputs, or of a new one; `encoding` None stands
+    for a tokenizer that is still to be trained."""
     path, mark = partial / "progress.json", fingerprint(settings, inputs)
     if path.exists():
         try:
@@ -577,10 +574,9 @@ def begin(settings, inputs, encoding, partial):
             if state["fingerprint"] != mark:
                 raise ValueError("it is of other settings or inputs")
             encoding = build_encoding(load_tokenizer(partial, state["tokenizer"]))
-            writers = open_writers(settings, encoding, partial, state)
             n_documents = sum(counts["documents"] for counts in state["splits"].values())
             print(f"going on after {n_documents:,} documents of an interrupted run", file=sys.stderr)
-            return state, encoding, writers
+            return state, encoding
         except (ValueError, KeyError, TypeError, OSError) as error:
             print(f"{partial} cannot be continued, {error}: beginning anew", file=sys.stderr)
     for file in partial.iterdir():
@@ -600,12 +596,7 @@ def begin(settings, inputs, encoding, partial):
     }
     if is_bpe:
         save_json(path, state)
-    return state, encoding, open_writers(settings, encoding, partial, state)
-
-
-def open_writers(settings, encoding, partial, state):
-    make = lambda split, counts: ShardWriter(partial, split, encoding.n_vocab, settings.shard_size, counts["shards"])
-    return {split: make(split, counts) for split, counts in state["splits"].items()}
+    return state, encoding
 
 
 def fingerprint(settings, inputs):
@@ -632,47 +623,20 @@ def locked(folder, work):
         except OSError:
             pass  # a file system without locks
         yield
-        os.fsync(handle)  # of the folder: the names in it
     finally:
         os.close(handle)
 
 
-def bytes_before(inputs, place):
-    """Stored bytes of the inputs before a place, about: within a compressed file its text counts, and of parquet's
-    rows none."""
-    before = sum(source.size for source in inputs[: place.index])
-    return min(before + place.offset, sum(source.size for source in inputs[: place.index + 1]))
-
-
-class Progress:
-    """Documents, tokens, MB/s and time left on standard error: in place on a terminal, else a line now and then."""
-
-    def __init__(self, total, consumed):
-        """`total` and `consumed` are stored bytes of the inputs; total 0: unknown."""
-        self.total, self.first, self.start = total, consumed, time.monotonic()
-        self.in_place = sys.stderr.isatty()
-        self.period = self.next = 0.2 if self.in_place else 30
-        self.n_bytes = 0
-
-    def show(self, n_bytes, documents, tokens, consumed):
-        """After n_bytes more of text; documents and tokens are those of the whole data set."""
-        self.n_bytes += n_bytes
-        seconds = time.monotonic() - self.start
-        if seconds < self.next:
-            return
-        self.next = seconds + self.period
-        text = f"{documents:,} documents, {tokens:,} tokens, {self.n_bytes / seconds / 1e6:.1f} MB/s"
-        if self.total and consumed > self.first:
-            left = int(seconds * (self.total - consumed) / (consumed - self.first))
-            text += f", {100 * consumed / self.total:.1f}% read"
-            text += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        width = shutil.get_terminal_size().columns - 1
-        text = f"\r\x1b[K{text[:width]}" if self.in_place else text + "\n"
-        print(text, end="", file=sys.stderr, flush=True)
-
-    def end(self):
-        if self.in_place:
-            print("\r\x1b[K", end="", file=sys.stderr)
+def show_progress(state, rate, inputs):
+    """Says on standard error how far the work is; `rate` is in bytes of text a second."""
+    documents, tokens = (sum(counts[n] for counts in state["splits"].values()) for n in ("documents", "tokens"))
+    text = f"{documents:,} documents, {tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+    sizes = [source.size for source in inputs]
+    if None not in sizes:  # within a compressed file its text counts, of a parquet file nothing until it is done
+        index, offset, _ = state["place"]
+        read = min(sum(sizes[:index]) + offset, sum(sizes[: index + 1]))
+        text += f", {read / sum(sizes):.1%} read"
+    print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,14 +664,14 @@ CORPORA = {  # --dataset=NAME without input: the input, and the shape of its row
 class Input:
     path: str  # of a file, an address, hub:..., or - for standard input
     kind: str  # text, jsonl, parquet, hub
-    size: int = 0  # bytes as stored; 0 where it is unknown
+    size: int | None = None  # bytes as stored, where they are known
     stamp: int = 0  # time of the last change, by which a continued run knows the same file
 
 
 def find_inputs(settings):
     """(Inputs, what meta.json says of their source); UserError for an unknown data set."""
     if not settings.input and settings.dataset == "stdlib":
-        return stdlib_files(), [f"the standard library of Python {sys.version.split()[0]}"]
+        return find_files(stdlib_files()), [f"the standard library of Python {sys.version.split()[0]}"]
     source = settings.input
     if not source:
         if settings.dataset not in CORPORA:
@@ -738,7 +702,8 @@ def find_files(inputs, stdin_format="text"):
             found[given] = Input(given, kind)
         else:
             for path in local_files(given):
-                found.setdefault(path.resolve(), file_input(path))
+                stat = path.stat()
+                found.setdefault(path.resolve(), Input(str(path), kind_of(path), stat.st_size, stat.st_mtime_ns))
         if len(found) == count:
             raise UserError(f"input {given}: no files of kind {KNOWN} that are not among the inputs already")
     return list(found.values())
@@ -765,12 +730,7 @@ def stdlib_files():
     files = [p for p in sorted(root.rglob("*.py")) if not leave & set(p.relative_to(root).parts)]
     if not files:
         raise UserError(f"the standard library's source is not at {root}; give text with --input=PATH")
-    return [file_input(path) for path in files]
-
-
-def file_input(path):
-    stat = os.stat(path)
-    return Input(str(path), kind_of(path), stat.st_size, stat.st_mtime_ns)
+    return list(map(str, files))
 
 
 def kind_of(path):
@@ -827,7 +787,7 @@ def read_lines(source, place, fields):
                 end = data.rfind(b"\n") + 1 or whole_characters(data)
                 data, rest = data[:end], data[end:]
             if data or not offset:
-                line += count_lines(data)
+                line += data.count(b"\n")
                 offset += len(data)
                 yield data, Place(index, offset, line)
             if is_end:
@@ -874,11 +834,6 @@ class Zstandard:
             self.rest += piece
         data, self.rest = self.rest[:n], self.rest[n:]
         return data
-
-
-def count_lines(data):
-    """Line ends in bytes; NumPy counts several times faster than bytes.count."""
-    return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == 10))
 
 
 def whole_characters(data):
@@ -952,10 +907,8 @@ def read_jobs(inputs, place, fields):
             raise
         except Exception as error:  # whatever a disk, a network, a damaged file and the libraries for it raise
             reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
-            raise UserError(
-                f"input {source.path} cannot be read: {type(error).__name__}: {reason}; "
-                "once it can, the same command goes on from where it was"
-            ) from None
+            reason = f"{type(error).__name__}: {reason}; once it can, the same command goes on from where it was"
+            raise UserError(f"input {source.path} cannot be read: {reason}") from None
         place = Place(index + 1)
     if job:
         yield job, place
@@ -1031,19 +984,19 @@ def read_documents(job, settings, problems):
 
 
 def text_documents(path, line, data, problems):
-    start = 0
     for text in cut(data):
         place = path
         if text.strip():
             try:
                 text.decode()
             except UnicodeDecodeError as error:
-                place = f"{path}:{line + count_lines(data[: start + error.start])}"
+                n_lines = text.count(b"\n", 0, error.start)
+                place = f"{path}:{line + n_lines}"
                 problems.append(("undecodable", place))
             yield (text,), place
         else:
-            problems.append(("empty", f"{path}:{line + count_lines(data[:start])}"))
-        start += len(text)
+            problems.append(("empty", f"{path}:{line}"))
+        line += text.count(b"\n")
 
 
 def row_documents(path, line, rows, settings, what, problems):
@@ -1170,9 +1123,8 @@ def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
         for process in set(multiprocessing.active_children()) - set(others):
             process.kill()  # a broken pool overlooks one that has just started, and would wait for it forever
         reason = 'out of memory, or a script without `if __name__ == "__main__":`?'
-        raise UserError(
-            f"a worker process ended unexpectedly ({reason}); the same command goes on from where it was"
-        ) from None
+        hint = "the same command goes on from where it was"
+        raise UserError(f"a worker process ended unexpectedly ({reason}); {hint}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1191,8 +1143,6 @@ def submit(pool, job):
 def begin_worker(saved_tokenizer, settings):
     """Loads the tokenizer that the worker process uses for all its jobs."""
     global of_worker
-    if hasattr(os, "setsid"):
-        os.setsid()  # Linux shares a busy machine among sessions: in one of its own a worker gets a full share
     threading.Thread(target=end_with_parent, daemon=True).start()
     of_worker = build_encoding(load_tokenizer(*saved_tokenizer)), settings
 
@@ -1229,11 +1179,9 @@ class JsonTokenizer:
 
     def __init__(self, name, text, eot_token=""):
         """From the file's text; ValueError if it is none or has no end-of-text token."""
-        self.name, self.json = name, text
+        self.name, self.json, tokenizers = name, text, optional("tokenizers")
         try:
-            self.tokenizer = optional("tokenizers").Tokenizer.from_str(text)
-        except UserError:
-            raise
+            self.tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(str(error).splitlines()[0]) from None
         self.tokenizer.no_truncation(), self.tokenizer.no_padding()
@@ -1249,11 +1197,8 @@ class JsonTokenizer:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids):
-        """Text; a run of ids that the tokenizer does not know shows as U+FFFD."""
-        text = ""
-        for is_known, some in itertools.groupby(map(int, ids), lambda i: self.tokenizer.id_to_token(i) is not None):
-            text += self.tokenizer.decode(list(some), skip_special_tokens=False) if is_known else "\ufffd"
-        return text
+        """Text of ids; those that the tokenizer does not know are left out."""
+        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
 def get_tokenizer(name, eot_token=""):
@@ -1269,35 +1214,31 @@ def get_tokenizer(name, eot_token=""):
             raise UserError(f"tokenizer {name}: the folder is no data set, it has no meta.json")
         return build_encoding(meta["tokenizer"])
     if name.endswith((".tiktoken", ".json")):
+        is_json = name.endswith(".json")
         try:
             text = Path(name).read_text(encoding="utf-8")
-            if name.endswith(".json"):
+            if is_json:
                 return JsonTokenizer(Path(name).parent.resolve().name, text, eot_token)
             from tiktoken_ext.openai_public import r50k_pat_str
 
             return build_encoding({"name": Path(name).stem, "pattern": r50k_pat_str, "ranks": text})
-        except OSError as error:
-            raise UserError(f"tokenizer {name}: {error.strerror}") from None
-        except (ValueError, OverflowError) as error:
-            lines = "a .tiktoken file (base64 token, space, rank a line)"
-            kind = "a tokenizer.json" if name.endswith(".json") else lines
-            raise UserError(f"tokenizer {name} is not {kind}: {error}") from None
+        except (OSError, ValueError, OverflowError) as error:
+            form = "a tokenizer.json" if is_json else "a .tiktoken file (base64 token, space, rank a line)"
+            raise UserError(f"tokenizer {name} is not {form}: {getattr(error, 'strerror', None) or error}") from None
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise UserError(f"unknown tokenizer {name!r}; known: byte, {known}, bpe:N, PATH.tiktoken or PATH.json")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever the network raises: tiktoken passes on requests' and urllib3's errors
-        raise UserError(
-            f"tokenizer {name}: its vocabulary is not cached and cannot be downloaded ({type(error).__name__}); "
-            "offline, use --tokenizer=byte, bpe:4096 or a PATH.tiktoken"
-        ) from None
+        reason = f"its vocabulary is not cached and cannot be downloaded ({type(error).__name__})"
+        hint = "offline, use --tokenizer=byte, bpe:4096 or a PATH.tiktoken"
+        raise UserError(f"tokenizer {name}: {reason}; {hint}") from None
 
 
 def train_bpe(n_vocab, inputs, settings):
     """Byte-level BPE of n_vocab tokens with the end of text, trained on a sample of the inputs: a tiktoken.Encoding."""
-    rustbpe = optional("rustbpe")
-    trainer = rustbpe.Tokenizer()
+    trainer = optional("rustbpe").Tokenizer()
     trainer.train_from_iterator(sample_texts(inputs, settings), n_vocab - 1)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     special = {END_OF_TEXT: len(ranks)}  # a small text may have fewer merges than asked for
@@ -1330,12 +1271,8 @@ def tokenizer_state(encoding):
         return {"name": encoding.name, "eot_token": encoding.end, "json": encoding.json}
     ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks)
-    return {
-        "name": encoding.name,
-        "pattern": encoding._pat_str,
-        "special_tokens": encoding._special_tokens,
-        "ranks": lines,
-    }
+    special = encoding._special_tokens
+    return {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": special, "ranks": lines}
 
 
 def build_encoding(state):
@@ -1378,7 +1315,8 @@ def encode(encoding, text):
 
 
 def decode_bytes(encoding, ids):
-    """The bytes of token ids: exactly those that were encoded. Ids that the tokenizer does not know are byte 255."""
+    """The bytes of token ids: exactly those that were encoded. Ids that the tokenizer does not know are byte 255, or
+    nothing with a tokenizer.json."""
     if isinstance(encoding, JsonTokenizer):
         return encoding.decode(ids).encode()
 
@@ -1478,9 +1416,7 @@ def verify(folder):
     faults = [fault for split in SPLITS for fault in shard_faults(folder, split, meta, with_checksums=True)]
     if faults:
         raise UserError("; ".join(faults))
-    n_shards = sum(len(meta["splits"][split]["shards"]) for split in SPLITS)
-    n_tokens = sum(meta["splits"][split]["tokens"] for split in SPLITS)
-    print(f"{folder}: {n_shards} shards with {n_tokens:,} tokens are as meta.json says")
+    print(f"{folder}: the shards are as meta.json says")
 
 
 def adopt(settings):
@@ -1500,10 +1436,8 @@ def adopt(settings):
             for start in range(0, len(tokens), JOB):
                 counts = np.bincount(tokens[start : start + JOB], minlength=encoding.n_vocab)
                 if len(counts) > encoding.n_vocab:
-                    raise UserError(
-                        f"{path} holds token {len(counts) - 1}: "
-                        f"tokenizer {encoding.name} of {encoding.n_vocab} did not make it"
-                    )
+                    maker = f"tokenizer {encoding.name} of {encoding.n_vocab}"
+                    raise UserError(f"{path} holds token {len(counts) - 1}: {maker} did not make it")
                 n_documents += int(counts[encoding.eot_token])
                 counts[encoding.eot_token] = 0
                 n_bytes += int(counts @ lengths)
