@@ -121,6 +121,7 @@ FORMATS = {np.uint16: (20240520, 1), np.uint32: (20240801, 7)}  # type of the to
 
 
 def token_type(vocab_size):
+    """The type of the tokens in shards of a vocabulary."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
@@ -447,9 +448,10 @@ def write_shards(settings, inputs, source, encoding, partial):
     started = saved = shown = time.monotonic()
     state, encoding = begin(settings, inputs, encoding, partial)
     train, val = state["splits"]["train"], state["splits"]["val"]
-    new_writer = lambda n: ShardWriter(partial, n, encoding.n_vocab, settings.shard_size, state["splits"][n]["shards"])
-    writers = {split: new_writer(split) for split in SPLITS}
     bytes_before = train["bytes"] + val["bytes"]
+    writers = {}
+    for split, counts in state["splits"].items():
+        writers[split] = ShardWriter(partial, split, encoding.n_vocab, settings.shard_size, counts["shards"])
     can_continue = not any(i.path == "-" for i in inputs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     sizes = [i.size for i in inputs]
@@ -581,8 +583,7 @@ def begin(settings, inputs, encoding, partial):
             print(f"{partial} cannot be continued, {error}: beginning anew", file=sys.stderr)
     for file in partial.iterdir():
         file.unlink()
-    is_bpe = encoding is None
-    if is_bpe:
+    if encoding is None:
         print(f"training {settings.tokenizer} on a sample", file=sys.stderr)
         encoding = train_bpe(int(settings.tokenizer[4:]), inputs, settings)
     counts = lambda: {"documents": 0, "bytes": 0, "loss_tokens": 0, "shards": [], "tokens": 0}
@@ -594,8 +595,6 @@ def begin(settings, inputs, encoding, partial):
         "problems": {},  # kind: (count, first places)
         "splits": {split: counts() for split in SPLITS},  # as in meta.json
     }
-    if is_bpe:
-        save_json(path, state)
     return state, encoding
 
 
@@ -632,10 +631,10 @@ def show_progress(state, rate, inputs):
     documents, tokens = (sum(counts[n] for counts in state["splits"].values()) for n in ("documents", "tokens"))
     text = f"{documents:,} documents, {tokens:,} tokens, {rate / 1e6:.1f} MB/s"
     sizes = [source.size for source in inputs]
-    if None not in sizes:  # within a compressed file its text counts, of a parquet file nothing until it is done
+    if None not in sizes:  # of a compressed file and of parquet nothing counts until it is done
         index, offset, _ = state["place"]
-        read = min(sum(sizes[:index]) + offset, sum(sizes[: index + 1]))
-        text += f", {read / sum(sizes):.1%} read"
+        is_plain = index < len(inputs) and SUFFIXES.get(Path(inputs[index].path).suffix) in ("text", "jsonl")
+        text += f", {(sum(sizes[:index]) + is_plain * offset) / sum(sizes):.1%} read"
     print(text, file=sys.stderr, flush=True)
 
 
@@ -774,7 +773,7 @@ def read_lines(source, place, fields):
     index, offset, line = place
     rest = b""
     with open_stream(source.path) as (stream, stored):
-        for start in range(0, offset, JOB):  # a run that is continued reads up to its place again
+        for start in range(0, offset, JOB):  # a continued run reads up to its place again
             stream.read(min(JOB, offset - start))
         while True:
             data = rest + stream.read(max(0, JOB - len(rest)))
@@ -850,10 +849,6 @@ def read_parquet(source, place, fields):
         check_fields(source, fields, file.schema_arrow.names)
         row = 0
         for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if row + count <= place.offset:
-                row += count
-                continue
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=fields, use_threads=False):
                 row += batch.num_rows
                 if row > place.offset:
@@ -984,6 +979,7 @@ def read_documents(job, settings, problems):
 
 
 def text_documents(path, line, data, problems):
+    """The documents of lines of plain text, which are a whole file where it is short enough."""
     for text in cut(data):
         place = path
         if text.strip():
