@@ -150,12 +150,11 @@ class ShardWriter:
         if "mask_crc32" in shard:
             sizes[path.with_suffix(".mask")] = shard["tokens"]
         for path, size in sizes.items():
-            file = open(path, "r+b" if shard["tokens"] else "wb")
-            self.files.append(file)
-            if shard["tokens"] and file.seek(0, os.SEEK_END) < size:
+            if shard["tokens"] and not (path.exists() and path.stat().st_size >= size):
                 raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
-            file.truncate(size)
-            file.seek(size)
+            self.files.append(open(path, "r+b" if shard["tokens"] else "wb"))
+            self.files[-1].truncate(size)
+            self.files[-1].seek(size)
 
     def write(self, tokens, mask=None):
         """Appends an integer array, and its mask (uint8) in a data set that has any."""
@@ -911,8 +910,8 @@ def read_jobs(inputs, place, fields):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From pieces to documents: their text as bytes, (text,), (prompt, text), or more turns as (prompt, text, prompt, text).
-# Bytes that are not UTF-8 stay as they are. The functions yield (document, place), the place as path:line or path:row or
-# the path alone, and append to the list `problems` what is wrong: (kind, place).
+# Bytes that are not UTF-8 stay as they are. The functions yield (document, place), the place as path:line or path:row
+# or the path alone, and append to the list `problems` what is wrong: (kind, place).
 
 MAX_DOCUMENT = 1 << 16  # bytes: longer texts are cut, so that a single file still has a held-out part
 BLANK_LINE = "\n\n"
@@ -1093,7 +1092,7 @@ def make_document(encoding, ids, values):
 
 
 def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
-    """(Documents, problems, Place) for each (job, Place) in their order, from num_workers processes; one is this process.
+    """(Documents, problems, Place) for each (job, Place) in their order, from num_workers processes; one is this one.
 
     No more than two jobs per process are under way, so that memory does not grow with the corpus. Workers load the
     tokenizer from its files, (folder, saved) as load_tokenizer takes them: more than a pipe holds cannot be handed to a

@@ -178,6 +178,20 @@ def test_shard_format_by_hand(tmp_path, vocab_size, magic, version, code):
     assert [s["tokens"] for s in writer.shards] == [5, 5, 2]
 
 
+def test_a_writer_goes_on_with_a_shard_or_says_that_it_cannot(tmp_path):
+    path = tmp_path / "train_000000.bin"
+    first = ShardWriter(tmp_path, "train", 257, 100)
+    first.write(np.arange(50)), first.sync()
+    path.write_bytes(path.read_bytes() + b"what is not in the state")
+    second = ShardWriter(tmp_path, "train", 257, 100, first.shards)
+    second.write(np.arange(50, 60)), second.close()
+    assert open_shard(path).tolist() == list(range(60))
+    for lose in (lambda: path.write_bytes(path.read_bytes()[:-1]), path.unlink):
+        lose()
+        with pytest.raises(UserError, match="train_000000.bin lost a part: remove .* to begin anew"):
+            ShardWriter(tmp_path, "train", 257, 100, second.shards)
+
+
 def test_damaged_shards_are_named(tmp_path):
     writer = ShardWriter(tmp_path, "train", 257, 100)
     writer.write(np.arange(50)), writer.close()
