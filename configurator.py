@@ -38,7 +38,7 @@ POSITIVE = Annotated[float, (1e-300, 1e300)]
 NOT_NEGATIVE = Annotated[float, (0, 1e300)]
 SHARE = Annotated[float, (0, 1)]
 
-TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 class UserError(Exception):
@@ -89,80 +89,73 @@ def read_settings(declaration, description, argv=None, positional=None, never_li
     if "--help" in args or "-h" in args:
         print(help_text(declaration, description, positional))
         sys.exit(0)
-    values, lists = {}, {}  # lists: those that the command line gives, so that it can add to them
+    may_be_lists = set() if never_lists is None else set(declaration.__dataclass_fields__) - set(never_lists)
+    values, paths = {}, {}  # paths: the values of list[str] so far, to which later arguments add
     while args:
         arg = args.pop(0)
-        if arg.endswith(".py") and not arg.startswith("--"):
-            for name, value in read_config_file(declaration, arg, never_lists).items():
-                values.pop(name, None)  # so that it goes to the end
-                values[name] = value
-            continue
+        if positional and not arg.startswith("--") and not arg.endswith(".py"):
+            arg = f"--{positional}={arg}"
         if arg.startswith("--"):
             name, has_value, text = arg[2:].partition("=")
-            kind = kind_of(declaration, name, "setting --")
-            texts = [text] if has_value else take_values(args, kind)
-        elif positional:
-            name, kind, texts = positional, list[str], [arg]
+            kinds, _ = kind_of(declaration, name, "setting --")
+            texts = [text] if has_value else take_values(args, kinds)
+            if not texts:
+                raise UserError(f"--{name} expects {kind_name(kinds)}, got nothing")
+            if list[str] in kinds:
+                paths[name] = paths.get(name, []) + texts
+                given = {name: paths[name]}
+            elif name in may_be_lists and "," in texts[0]:
+                parts = [part.strip() for part in texts[0].split(",")]
+                if "" in parts:
+                    raise UserError(f"--{name} is a list with an empty element: {texts[0]!r}")
+                given = {name: [parse(declaration, name, part) for part in parts]}
+            else:
+                given = {name: parse(declaration, name, texts[0])}
+        elif arg.endswith(".py"):
+            given = read_config_file(declaration, arg, may_be_lists)
         else:
             raise UserError(f"unexpected argument {arg!r}; settings are --name=value, config files end in .py")
-        if not texts:
-            raise UserError(f"--{name} expects {kind_name(kind)}, got nothing")
-        if kind == list[str]:
-            lists[name] = lists.get(name, []) + texts
-            values[name] = lists[name]
-        else:
-            values.pop(name, None)
-            is_list = never_lists is not None and name not in never_lists and "," in texts[0]
-            values[name] = (parse_list if is_list else parse)(declaration, name, texts[0])
+        for name in given:
+            values.pop(name, None)  # so that it goes to the end
+        values.update(given)
     return values
 
 
-def take_values(args, kind):
+def take_values(args, kinds):
     """Removes from the front of `args` the values of a setting that has no "=": several for a list, one for others.
 
     A switch may stand alone, which means true, also before an argument that is not its value.
     """
-    plain, _ = types_and_limits(kind)
-    if bool in plain and not (args and args[0].lower() in TRUE + FALSE):
+    if bool in kinds and not (args and args[0].lower() in SWITCH):
         return ["true"]
     texts = []
-    while args and not args[0].startswith("--") and (kind == list[str] or not texts):
+    while args and not args[0].startswith("--") and (list[str] in kinds or not texts):
         texts.append(args.pop(0))
     return texts
 
 
 def parse(declaration, name, text):
     """`text` as a value of the setting `name`. UserError if there is no such setting, or if it has another type."""
-    kind = kind_of(declaration, name, "setting --")
-    plain, _ = types_and_limits(kind)
-    if str in plain:  # "none" too is a text
+    kinds, _ = kind_of(declaration, name, "setting --")
+    if str in kinds:  # "none" too is a text
         return text
-    if type(None) in plain and text.lower() == "none":
+    if type(None) in kinds and text.lower() == "none":
         return None
-    if bool in plain and text.lower() in TRUE + FALSE:
-        return text.lower() in TRUE
+    if bool in kinds and text.lower() in SWITCH:
+        return SWITCH[text.lower()]
     try:
-        if int in plain:
+        if int in kinds:
             is_exponential = "e" in text and float(text).is_integer()  # 5e9
             return int(float(text)) if is_exponential else int(text)
-        if float in plain and not math.isnan(float(text)):
+        if float in kinds and not math.isnan(float(text)):
             return float(text)
     except ValueError:
         pass
-    raise UserError(f"--{name} expects {kind_name(kind)}, got {text!r}")
+    raise UserError(f"--{name} expects {kind_name(kinds)}, got {text!r}")
 
 
-def parse_list(declaration, name, text):
-    """The values of the setting `name` that `text` holds with commas between them."""
-    parts = [part.strip() for part in text.split(",")]
-    if "" in parts:
-        raise UserError(f"--{name} is a list with an empty element: {text!r}")
-    return [parse(declaration, name, part) for part in parts]
-
-
-def read_config_file(declaration, path, never_lists=None):
-    """The settings that the Python file `path` assigns; UserError for one that is unknown or of another type. Lists
-    as in read_settings."""
+def read_config_file(declaration, path, may_be_lists=()):
+    """The settings that the Python file `path` assigns; UserError for one that is unknown or of another type."""
     try:
         names = runpy.run_path(path)
     except OSError as error:
@@ -174,12 +167,12 @@ def read_config_file(declaration, path, never_lists=None):
         is_helper = isinstance(value, types.ModuleType) or callable(value)
         if name.startswith("_") or (is_helper and name not in declaration.__dataclass_fields__):
             continue
-        kind = kind_of(declaration, name, f"setting in {path}: ")
-        is_list = never_lists is not None and name not in never_lists and isinstance(value, list)
+        kinds, _ = kind_of(declaration, name, f"setting in {path}: ")
+        is_list = name in may_be_lists and isinstance(value, list)
         if is_list and not value:
             raise UserError(f"config file {path}: {name} is an empty list")
-        if not all(fits(one, kind) for one in (value if is_list else [value])):
-            raise UserError(f"config file {path}: {name} expects {kind_name(kind)}, got {value!r}")
+        if not all(fits(one, kinds) for one in (value if is_list else [value])):
+            raise UserError(f"config file {path}: {name} expects {kind_name(kinds)}, got {value!r}")
         values[name] = value
     return values
 
@@ -188,10 +181,9 @@ def build_settings(declaration, values):
     """The dataclass `declaration` of `values`, a dict by name. UserError for a value of another type or beyond its
     limits, and for a ValueError of the dataclass itself."""
     for name, value in values.items():
-        kind = kind_of(declaration, name)
-        if not fits(value, kind):
-            raise UserError(f"{name} expects {kind_name(kind)}, got {value!r}")
-        _, limits = types_and_limits(kind)
+        kinds, limits = kind_of(declaration, name)
+        if not fits(value, kinds):
+            raise UserError(f"{name} expects {kind_name(kinds)}, got {value!r}")
         if limits is None or value is None:
             continue
         if isinstance(limits[0], str):
@@ -210,84 +202,64 @@ def build_settings(declaration, values):
 
 
 def kind_of(declaration, name, what="setting "):
-    """The declared type of the setting `name`; UserError with the nearest names if there is none."""
-    kinds = typing.get_type_hints(declaration, include_extras=True)
-    if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.5)
+    """The plain types that the setting `name` may have, and its limits: (least, greatest), the choices, or None.
+
+    COUNT | None: (int, NoneType), (1, 2147483647).  Literal["a", "b"]: (str,), ("a", "b"). UserError with the nearest
+    names if there is no such setting.
+    """
+    hints = typing.get_type_hints(declaration, include_extras=True)
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists them"
         raise UserError(f"unknown {what}{name}{hint}")
-    return kinds[name]
+    limits = None
+    for part in (hints[name], *typing.get_args(hints[name])):  # of `X | None`, X
+        if typing.get_origin(part) is Annotated:
+            limits = tuple(part.__metadata__[0])
+        elif typing.get_origin(part) is Literal:
+            limits = typing.get_args(part)
+    plain = typing.get_type_hints(declaration)[name]  # without the limits
+    kinds = typing.get_args(plain) if typing.get_origin(plain) in (typing.Union, types.UnionType) else (plain,)
+    return tuple(str if typing.get_origin(kind) is Literal else kind for kind in kinds), limits
 
 
-def types_and_limits(kind):
-    """The plain types that a declared type allows, and its limits: (least, greatest), the choices, or None.
-
-    COUNT | None: [int, NoneType], (1, 2147483647).  Literal["a", "b"]: [str], ("a", "b").
-    """
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return [str], parts
-    if origin is Annotated:
-        return types_and_limits(parts[0])[0], tuple(parts[1])
-    if origin not in (typing.Union, types.UnionType):
-        return [kind], None
-    plain, limits = [], None
-    for part in parts:
-        its_types, its_limits = types_and_limits(part)
-        plain += its_types
-        limits = limits or its_limits
-    return plain, limits
-
-
-def fits(value, kind):
-    """Whether a value is of the declared type. An int is a float too; a text with a zero byte cannot name a file."""
-    plain, _ = types_and_limits(kind)
-    if isinstance(value, list) and list[str] in plain:
-        return all(fits(text, str) for text in value)
-    if type(value) is int and float in plain:
+def fits(value, kinds):
+    """Whether a value is of the declared types. An int is a float too; a text with a zero byte cannot name a file."""
+    if isinstance(value, list) and list[str] in kinds:
+        return all(fits(text, [str]) for text in value)
+    if type(value) is int and float in kinds:
         return abs(value) < 2**53
-    return type(value) in plain and not (type(value) is str and "\0" in value)
+    return type(value) in kinds and not (type(value) is str and "\0" in value)
 
 
-def kind_name(kind):
-    """A declared type for a reader. On the command line a str cannot be none: "none" could be its text."""
-    plain, _ = types_and_limits(kind)
-    if str in plain:
+def kind_name(kinds):
+    """Declared types for a reader. On the command line a str cannot be none: "none" could be its text."""
+    if str in kinds:
         return "str"
     names = {type(None): "none", list[str]: "one or more str"}
-    return " or ".join(names.get(one, getattr(one, "__name__", "")) for one in plain)
+    return " or ".join(names.get(kind) or kind.__name__ for kind in kinds)
 
 
 def help_text(declaration, description, positional=None):
     """The declaration for a reader: every setting under its heading, with its type, default, limits and comment."""
-    headings, comments = {}, {}  # by the name of the setting that they stand at
-    for cls in reversed([c for c in declaration.__mro__ if dataclasses.is_dataclass(c)]):
-        heading = None
-        for line in inspect.getsource(cls).partition("    def ")[0].splitlines():
-            name = line.strip().partition(":")[0]
-            if line.startswith("    # "):
-                heading = line.strip("# ")
-            elif name in declaration.__dataclass_fields__:
-                comments[name] = line.partition("  # ")[2]
-                if heading:
-                    headings[name], heading = heading, None
+    classes = [c for c in reversed(declaration.__mro__) if dataclasses.is_dataclass(c)]
+    source = "".join(inspect.getsource(c).partition("    def ")[0] for c in classes)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
+    headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.MULTILINE)}
     program, paths = Path(sys.argv[0]).name, " [PATH ...]" if positional else ""
     lines = [description, "", f"usage: python {program} [config.py ...] [--name=value ...]{paths}"]
     for field in dataclasses.fields(declaration):
-        name, kind, default = field.name, kind_of(declaration, field.name), field.default
-        if name in headings:
-            lines += ["", headings[name]]
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        _, limits = types_and_limits(kind)
-        if limits is None:
-            accepted = ""
-        elif isinstance(limits[0], str):
+        kinds, limits = kind_of(declaration, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name in headings:
+            lines += ["", headings[field.name]]
+        accepted = ""
+        if limits and isinstance(limits[0], str):
             accepted = f"; {', '.join(limits)}"
-        else:
+        elif limits:
             accepted = f"; at least {limits[0]}" + f" and at most {limits[1]}" * (limits[1] < 2**31 - 1)
-        head = f"  --{name} ({kind_name(kind)}, {default}{accepted})"
-        lines += textwrap.wrap(f"{head}  {comments.get(name, '')}", 110, subsequent_indent=" " * 8)
+        text = f"  --{field.name} ({kind_name(kinds)}, {default}{accepted})  {comments.get(field.name, '')}"
+        lines += textwrap.wrap(text, 110, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 
@@ -308,11 +280,6 @@ def save_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name survives a loss of power too
-        finally:
-            os.close(folder)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         cause = error
@@ -328,11 +295,9 @@ def read_log(path):
     UserError for a line that is not a JSON object with a whole number `step`.
     """
     path = Path(path)
-    lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    text = path.read_text(errors="replace") if path.exists() else ""
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             records.append(json.loads(line))
             is_record = type(records[-1]["step"]) is int
@@ -345,12 +310,12 @@ def read_log(path):
 
 def progress(items, label):
     """The items; on standard error, how many are done and how long the rest takes."""
-    start, rewrite = time.monotonic(), sys.stderr.isatty()
+    start, is_terminal = time.monotonic(), sys.stderr.isatty()
     for i, item in enumerate(items, 1):
         yield item
         seconds = time.monotonic() - start
         if i == len(items):
             print(f"{label}: {seconds:.1f} s" + " " * 30, file=sys.stderr, flush=True)
-        elif rewrite or i == 1:
+        elif is_terminal or i == 1:
             text = f"{label}: {i} of {len(items)}, {seconds * (len(items) - i) / i:.0f} s left"
-            print(text, file=sys.stderr, flush=True, end="   \r" if rewrite else "\n")
+            print(text, file=sys.stderr, flush=True, end="   \r" if is_terminal else "\n")

@@ -249,7 +249,7 @@ def test_a_second_signal_ends_at_once():
     assert os.waitstatus_to_exitcode(in_a_child(act)) == 130
 
 
-@pytest.mark.parametrize("call_name, nth", [("fsync", 1), ("link", 1), ("unlink", 1), ("replace", 1), ("fsync", 2)])
+@pytest.mark.parametrize("call_name, nth", [("fsync", 1), ("link", 1), ("unlink", 1), ("replace", 1)])
 def test_kill_while_saving(tmp_path, call_name, nth):
     """kill -9 before any of the calls that put a checkpoint in its place: the last one, or the new one, is there."""
     for step in (1, 2):
@@ -267,7 +267,7 @@ def test_kill_while_saving(tmp_path, call_name, nth):
         train.save_checkpoint(tmp_path / "ckpt.pt", third)
 
     assert os.waitstatus_to_exitcode(in_a_child(act)) == -signal.SIGKILL
-    assert train.open_checkpoint(tmp_path)["step"] == (3 if (call_name, nth) == ("fsync", 2) else 2)
+    assert train.open_checkpoint(tmp_path)["step"] == 2
     train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(4))
     assert train.open_checkpoint(tmp_path)["step"] == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_previous.pt"]
