@@ -17,6 +17,7 @@ its type, default, limits and comment.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -201,13 +202,16 @@ def build_settings(declaration, values):
 # Declared types
 
 
+hints_of = functools.cache(typing.get_type_hints)
+
+
 def kind_of(declaration, name, what="setting "):
     """The plain types that the setting `name` may have, and its limits: (least, greatest), the choices, or None.
 
     COUNT | None: (int, NoneType), (1, 2147483647).  Literal["a", "b"]: (str,), ("a", "b"). UserError with the nearest
     names if there is no such setting.
     """
-    hints = typing.get_type_hints(declaration, include_extras=True)
+    hints = hints_of(declaration, include_extras=True)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists them"
@@ -218,7 +222,7 @@ def kind_of(declaration, name, what="setting "):
             limits = tuple(part.__metadata__[0])
         elif typing.get_origin(part) is Literal:
             limits = typing.get_args(part)
-    plain = typing.get_type_hints(declaration)[name]  # without the limits
+    plain = hints_of(declaration)[name]  # without the limits
     kinds = typing.get_args(plain) if typing.get_origin(plain) in (typing.Union, types.UnionType) else (plain,)
     return tuple(str if typing.get_origin(kind) is Literal else kind for kind in kinds), limits
 
