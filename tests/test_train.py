@@ -1002,6 +1002,7 @@ def test_a_wrong_setting_comes_before_the_state_of_the_folder(folder, setting, m
 
 
 def test_the_first_screen(folder):
-    """What is trained on what, how long it will take, and then the steps."""
+    """What is trained on what, the first evaluation, how long it will take, and then the steps."""
     lines = (folder / "stdout").read_text().splitlines()
-    assert lines[0].startswith("gpas_pre: 2 layers x 32") and lines[1].startswith("about ") and "step     0" in lines[2]
+    assert lines[0].startswith("gpas_pre: 2 layers x 32") and "step     0" in lines[1]
+    assert lines[2].startswith("about ") and "step     2" in lines[3]
