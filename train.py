@@ -295,10 +295,10 @@ def train(checkpoint, changes, data, setup, stop):
         elif step % settings.log_interval == 0:
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_grad_norms": layer_norms}
             record |= {"gate_grad_norm": gate_norm} if gates else {}
-            folder.log(record | {"tokens": tokens} | auxiliary_losses(model) | print_step(record, model, times, setup))
+            folder.log(record | {"tokens": tokens} | print_step(record, model, times, setup))
         if step == begin["step"] + 1:
             print_first_step(step, times, setup)
-        if is_due(step, settings):
+        if step % settings.eval_interval == 0 or step >= settings.max_iters:
             val_loss, report = measure()
             save()
         elif not skipped and (is_stopping or is_kept(step, settings)):
@@ -347,11 +347,6 @@ def learning_rate(step, settings):
     return low + (settings.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def is_due(step, settings):
-    """Whether an evaluation follows a step: every eval_interval, and at the end."""
-    return step % settings.eval_interval == 0 or step >= settings.max_iters
-
-
 def count_targets(batches, step, processes):
     """The targets of a step in all processes; UserError for a step without any, which has no loss."""
     n_targets = processes.sum(sum(n for *_, n in batches))[0]
@@ -369,11 +364,6 @@ def gradient_norms(model):
     """Norm of the gradient of each layer's parameters, a list; what is frozen has none."""
     grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in model.blocks]
     return [whole(torch.nn.utils.get_total_norm(of_layer)).item() for of_layer in grads]
-
-
-def auxiliary_losses(model):
-    """{name_loss: number} of what training adds to the cross-entropy, of this process's last micro-batch."""
-    return {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,11 +458,7 @@ class Setup:
     processes: "Processes"
     device: torch.device
     dtype: str
-
-    @property
-    def use_compile(self):
-        asked, can = self.settings.compile, self.device.type == "cuda" and not self.settings.lisa_layers
-        return can if asked is None else asked
+    use_compile: bool = False
 
     def autocast(self):
         """The context in which a model computes."""
@@ -494,6 +480,9 @@ def set_up(settings, processes):
     if dtype == "auto":
         is_fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
         dtype = "bfloat16" if is_fast and is_fast() else "float32"
+    use_compile = settings.compile
+    if use_compile is None:
+        use_compile = device.type == "cuda" and not settings.lisa_layers
     torch.backends.cuda.matmul.allow_tf32 = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -501,7 +490,7 @@ def set_up(settings, processes):
         keep_freed_memory()
     processes.connect(device)
     torch.manual_seed(settings.seed)
-    return Setup(settings, processes, device, dtype)
+    return Setup(settings, processes, device, dtype, use_compile)
 
 
 def usable_device(name):
@@ -545,13 +534,8 @@ class Data:
 
 
 def open_data(checkpoint, setup):
-    """The Data of a run; the default data set is prepared if it is missing. UserError for what does not fit the
-    settings or the checkpoint."""
-    settings, is_main = setup.settings, setup.processes.rank == 0
-    if is_main:
-        find_data(settings)  # one process prepares what is missing
-    setup.processes.wait()
-    folder = find_data(settings)
+    """The Data of a run. UserError for what does not fit its settings or its checkpoint."""
+    settings, folder = setup.settings, find_data(setup.settings, setup.processes)
     meta = prepare_data.read_meta(folder)
     vocab_size = settings.vocab_size or meta.get("vocab_size", 0)
     if not vocab_size:
@@ -563,7 +547,7 @@ def open_data(checkpoint, setup):
         run_folder = settings.out_dir if settings.eval_only or settings.init_from == "resume" else settings.init_from
         names = meta["tokenizer"]["name"], tokenizer["name"]
         raise UserError(f"{folder} was made with tokenizer {names[0]}, {run_folder} with {names[1]}")
-    if meta and checkpoint and not tokenizer and is_main:
+    if meta and checkpoint and not tokenizer and setup.processes.rank == 0:
         text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
         print(f"warning: {text}", file=sys.stderr)
 
@@ -580,15 +564,13 @@ def open_data(checkpoint, setup):
     return Data(folder, train_data, val_data, settings.architecture(vocab_size), tokenizer, bits_per_nat, sizes)
 
 
-def find_data(settings):
-    """Folder of the data set; the default one is prepared if it is missing. UserError for any other."""
-    try:
-        return prepare_data.find_data(settings.dataset, settings.data_dir, "train")
-    except UserError:
-        if settings.dataset != "stdlib" or (Path(settings.data_dir) / "stdlib").is_dir():
-            raise
-    print("preparing the default data set, this machine's Python standard library")
-    return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
+def find_data(settings, processes):
+    """Folder of the data set. The default one is prepared by one process if it is missing; UserError for any other."""
+    if processes.rank == 0 and settings.dataset == "stdlib" and not (Path(settings.data_dir) / "stdlib").is_dir():
+        print("preparing the default data set, this machine's Python standard library")
+        prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
+    processes.wait()
+    return prepare_data.find_data(settings.dataset, settings.data_dir, "train")
 
 
 def count_steps(settings, n_rows):
@@ -708,35 +690,33 @@ def build_optimizer(model, resumed, setup):
     """The optimizer of the settings, with the moments of the checkpoint `resumed` if there is one; UserError."""
     settings = setup.settings
     groups = model.optimizer_groups(settings.weight_decay, settings.decay_embedding)
-    for group in groups:
-        group["weight_decay"] = settings.weight_decay if settings.decay_vectors else group["weight_decay"]
+    for group in groups if settings.decay_vectors else ():
+        group["weight_decay"] = settings.weight_decay
     optimizer = OPTIMIZERS[settings.optimizer](groups, settings)
     if resumed:
         try:
-            load_optimizer(optimizer, resumed["optimizer"])
+            load_moments(optimizer, resumed["optimizer"])
         except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"the optimizer state in {settings.out_dir}/ckpt.pt does not fit the model: {error}"
-            ) from None
+            path = f"{settings.out_dir}/ckpt.pt"
+            raise UserError(f"the optimizer state in {path} does not fit the model: {error}") from None
     return optimizer
 
 
-def load_optimizer(optimizer, saved):
-    """Gives the optimizer the moments of the `saved` state, in portable form; the hyperparameters stay its own.
-    ValueError or another error of look-up if they do not fit."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {}
-    for i, moments in saved["state"].items():
-        for name, value in moments.items():
-            if value.dim() and value.shape != params[i].shape:
-                raise ValueError(
-                    f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(params[i].shape)}"
-                )
-        # `clone`, since the optimizer will write into them and the file is mapped
-        state[i] = {name: placed_as(params[i], v).clone() if v.dim() else v.clone() for name, v in moments.items()}
+def load_moments(optimizer, saved):
+    """Gives the optimizer the moments of the `saved` state; the hyperparameters stay its own. ValueError or another
+    error of look-up if they do not fit."""
     now = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in now]:
         raise ValueError("its groups hold other parameters")
+    params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+    for i, moments in saved["state"].items():
+        state[i] = {}
+        for name, value in moments.items():
+            if value.dim() and value.shape != params[i].shape:
+                shapes = tuple(value.shape), tuple(params[i].shape)
+                raise ValueError(f"{name} of parameter {i} has shape {shapes[0]}, not {shapes[1]}")
+            # `clone`, since the optimizer will write into it and the file is mapped
+            state[i][name] = (placed_as(params[i], value) if value.dim() else value).clone()
     optimizer.load_state_dict({"state": state, "param_groups": now})
 
 
@@ -762,15 +742,13 @@ def read_gates(text, config):
             what = f"a number, {config.n_layer} numbers with commas between, or a run's folder"
             raise UserError(f"gates is {text!r}; it must be {what}") from None
         weights = open_checkpoint(text)["model"]
-    else:
-        if not all(map(math.isfinite, values)):
-            raise UserError(f"gates is {text!r}; gates must be finite")
-        return values * config.n_layer if len(values) == 1 else values
-    names = [f"blocks.{i}.gate" for i in range(config.n_layer + 1)]
-    values = [weights[name].tolist() for name in names if name in weights]
-    if not values:
-        raise UserError(f"{text} has no gates: it was trained without gpas_")
-    return values
+        values = [weight.tolist() for name, weight in weights.items() if name.endswith(".gate")]
+        if not values:
+            raise UserError(f"{text} has no gates: it was trained without gpas_") from None
+        return values
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"gates is {text!r}; gates must be finite")
+    return values * config.n_layer if len(values) == 1 else values
 
 
 def draw_layers(model, optimizer, step, settings, trained):
@@ -861,22 +839,23 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 
 
 def print_step(record, model, times, setup):
-    """Prints the line of a step from its record for the log; the speed since the last line as fields of the log: tokens
-    per second, and the share of the device's peak that this is where that is known."""
+    """Prints the line of a step from its record for the log. What the record has besides: the speed since the last line
+    (tokens per second, and the share of the device's peak that this is where that is known), and {name_loss: number} of
+    what training adds to the cross-entropy, of this process's last micro-batch."""
     settings, step, seconds = setup.settings, record["step"], times.step_seconds()
     rate = settings.tokens_per_step / max(seconds, 1e-9)
-    speed, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
+    more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
     name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
     peak = settings.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
     if peak:
-        speed["mfu"] = model.mfu(rate, 1e12 * peak * setup.processes.size)
-        reached = f"MFU {speed['mfu']:.1%}"
+        more["mfu"] = model.mfu(rate, 1e12 * peak * setup.processes.size)
+        reached = f"MFU {more['mfu']:.1%}"
     left = times.left(settings.max_iters - step, seconds, settings)
     print(
         f"step {step:5d}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, gradient norm {record['grad_norm']:.3f}, "
         f"{rate:,.0f} tokens/s, {reached}, {clock(left)} left"
     )
-    return speed
+    return more | {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
 
 
 def clock(seconds):
@@ -1107,21 +1086,21 @@ def placed_as(like, value):
 
 def open_loggers(settings):
     """Functions of (step, {name: number}) for the services that the settings ask for."""
-    loggers = []
-    if settings.wandb:
-        try:
+    loggers, package = [], "wandb"
+    try:
+        if settings.wandb:
             import wandb
-        except ImportError:
-            raise UserError("--wandb needs the package wandb: pip install wandb") from None
-        board = wandb.init(project="nanoNorm", name=Path(settings.out_dir).name, config=asdict(settings))
-        loggers.append(lambda step, numbers: board.log(numbers, step=step))
-    if settings.tensorboard:
-        try:
+
+            board = wandb.init(project="nanoNorm", name=Path(settings.out_dir).name, config=asdict(settings))
+            loggers.append(lambda step, numbers: board.log(numbers, step=step))
+        package = "tensorboard"
+        if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        writer = SummaryWriter(settings.out_dir)
-        loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
+
+            writer = SummaryWriter(settings.out_dir)
+            loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
+    except ImportError:
+        raise UserError(f"--{package} needs the package {package}: pip install {package}") from None
     return loggers
 
 
@@ -1301,7 +1280,7 @@ def plan(settings):
     model on the meta device. Only epochs need the data, to count them."""
     check_sharing(settings, settings.gpus, "GPUs")
     if settings.max_iters is None:
-        data = TokenData(find_data(settings), "train", settings.block_size, 2**31, rows=settings.rows)
+        data = TokenData(find_data(settings, Processes()), "train", settings.block_size, 2**31, rows=settings.rows)
         settings.max_iters = count_steps(settings, len(data))
     with torch.device("meta"):
         model = GPT(settings.architecture(settings.vocab_size or prepare_data.byte_encoding().n_vocab))
@@ -1377,15 +1356,16 @@ class Trial:
 
     def read_log(self):
         """Notes what it has logged, since its process started if there is one: step, loss, and that it diverged."""
-        try:  # the log of a new run is log.partial at first
-            path = next(path for path in (self.folder / "log.partial", self.folder / "log.jsonl") if path.exists())
-            records = read_log(path) if os.path.getmtime(path) >= self.started else []
-        except (StopIteration, FileNotFoundError, UserError):  # none yet, renamed just now, or damaged: the run says so
+        log = self.folder / "log.partial"  # of a new run until its first checkpoint
+        try:
+            log = log if log.exists() else self.folder / "log.jsonl"
+            records = read_log(log) if os.path.getmtime(log) >= self.started else []
+        except (FileNotFoundError, UserError):  # none yet, renamed just now, or damaged: then the run itself says so
             return
         for record in records:
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)
-        if records and "diverged" in records[-1]:
-            self.outcome = f"diverged: {records[-1]['diverged']}"
+            if "diverged" in record:
+                self.outcome = f"diverged: {record['diverged']}"
 
 
 def is_sweep(given):
@@ -1490,7 +1470,7 @@ def train_trials(trials, folder, stop):
     for i in range(n_places):
         places.put(names[i % len(names)])
     stop.listen(f"{folder}/*/ckpt.pt")
-    begin, done_before = time.monotonic(), sum(trial.flops * trial.step for trial in trials)
+    begin, share_before = time.monotonic(), share_done(trials)
     with ThreadPoolExecutor(n_places) as pool:
         running = {pool.submit(run_trial, trial, places, stop) for trial in waiting}
         while running:
@@ -1498,66 +1478,71 @@ def train_trials(trials, folder, stop):
             for future in ended:
                 future.result()
             if ended or sys.stderr.isatty():
-                show_progress(trials, min(n_places, len(running)), time.monotonic() - begin, done_before)
+                text = describe_progress(trials, time.monotonic() - begin, share_before)
+                end = "\r" if running and sys.stderr.isatty() else "\n"
+                print(text, end=end, file=sys.stderr, flush=True)
 
 
 def run_trial(trial, places, stop):
-    """Trains a run in a process of its own, at a free place (a GPU's number, or "" for a core), and sets its outcome;
-    none if the sweep is stopped before its end."""
+    """Trains a run at a free place, the number of a GPU or "" for a core, and tells its outcome if it is not a good one."""
     place = places.get()
     try:
-        code = None if stop.number else run_process(trial, place, stop)
+        if not stop.number:
+            trial.outcome = run_process(trial, place, stop)
     except OSError as error:
         trial.outcome = f"failed: {error.filename}: {error.strerror}"
-    else:
-        trial.read_log()
-        if code == 0:
-            trial.outcome = "finished"
-        elif not trial.outcome and not (stop.number and code in (None, -signal.SIGTERM, 128 + signal.SIGTERM)):
-            lines = (trial.folder / "train.log").read_text(errors="replace").split("\n")
-            said = [line.removeprefix("error: ") for line in lines if line.strip()]
-            killed = f"killed by {signal.Signals(-code).name}" if code < 0 else None
-            trial.outcome = f"failed: {killed or (said or ['it said nothing'])[-1]}"
     places.put(place)
     if trial.outcome not in ("", "finished"):
         print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
 
 
 def run_process(trial, place, stop):
-    """The exit code of the run's process, which is asked to save and end if the sweep is stopped. It has a session of
+    """The outcome of the run's process; "" if the sweep is stopped, which asks it to save and end. It has a session of
     its own, so that Ctrl-C in the terminal reaches the sweep alone."""
     is_resumed = (trial.folder / "ckpt.pt").exists() and not trial.settings.overwrite
     trial.folder.mkdir(parents=True, exist_ok=True)
+    config, log = trial.folder / "settings.py", trial.folder / "train.log"
     given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
-    config = trial.folder / "settings.py"
     config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
     command = [sys.executable, __file__, config, "--init_from=resume" if is_resumed else "--overwrite"]
     environment = {**os.environ, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": place} if place else {"OMP_NUM_THREADS": "1"}
     trial.started = time.time()
-    with open(trial.folder / "train.log", "ab") as log:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+    with open(log, "ab") as file:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
     while process.poll() is None and not stop.number:
         time.sleep(0.1)
-    process.terminate()  # nothing happens if it has ended
-    return process.wait()
+    process.terminate()  # does nothing if it has ended
+    code = process.wait()
+    trial.read_log()
+    if code == 0:
+        return "finished"
+    if trial.outcome or (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
+        return trial.outcome
+    if code < 0:
+        return f"failed: killed by {signal.Signals(-code).name}"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
+    return f"failed: {lines[-1].removeprefix('error: ')}"
 
 
-def show_progress(trials, n_training, seconds, done_before):
-    """On standard error how far the runs are, and how long the rest takes, as the last `seconds` went."""
+def share_done(trials):
+    """The share of the sweep's FLOPs that are spent; a run that has ended counts as whole."""
+    steps = [trial.settings.max_iters if trial.outcome else trial.step for trial in trials]
+    total = sum(trial.flops * trial.settings.max_iters for trial in trials)
+    return sum(trial.flops * step for trial, step in zip(trials, steps)) / max(total, 1)
+
+
+def describe_progress(trials, seconds, share_before):
+    """How far the runs are, and how long the rest takes, as the last `seconds` went."""
     for trial in trials:
         if trial.started and not trial.outcome:
             trial.read_log()
-    count = Counter(trial.outcome.partition(":")[0] for trial in trials)
-    parts = [f"{count[outcome]} {outcome}" for outcome in ("finished", "diverged", "failed") if count[outcome]]
-    shares = [1 if trial.outcome else trial.step / max(1, trial.settings.max_iters) for trial in trials]
-    done = sum(trial.flops * trial.step for trial in trials) - done_before
-    rest = sum(trial.flops * (trial.settings.max_iters - trial.step) for trial in trials if not trial.outcome)
-    left = [f"about {clock(seconds * rest / done)} left"] if done > 0 and rest else []
-    text = ", ".join([*parts, f"{n_training} training", f"{sum(shares) / len(trials):.0%}", *left])
-    end = "\r" if sys.stderr.isatty() and n_training else "\n"
-    print(f"{len(trials)} runs: {text}".ljust(100 if end == "\r" else 0), file=sys.stderr, flush=True, end=end)
+    share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)
+    text = f"{n_ended} of {len(trials)} runs have ended, {share:.0%}"
+    if share_before < share < 1:
+        text += f", about {clock(seconds * (1 - share) / (share - share_before))} left"
+    return text.ljust(100)
 
 
 def print_table(trials):
