@@ -15,8 +15,8 @@ A run is a folder: ckpt.pt (weights, optimizer, architecture, tokenizer), ckpt_p
 log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=resume goes on to the bit.
 
 The file begins with the settings and the training, `train`, whose loop is its last part. The pieces that it calls
-follow: what a run continues, data, the model, the optimizer, measuring, the run's folder, faults, processes, planning,
-sweeps.
+follow: what a run continues, the machine, data, the model and the optimizer, what a person sees, the run's folder,
+faults, processes, planning, sweeps.
 """
 
 import ctypes
@@ -52,17 +52,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
-from configurator import (
-    COUNT,
-    NATURAL,
-    NOT_NEGATIVE,
-    UserError,
-    build_settings,
-    read_log,
-    read_settings,
-    run,
-    save_whole,
-)
+from configurator import COUNT, NATURAL, NOT_NEGATIVE
+from configurator import UserError, build_settings, read_log, read_settings, run, save_whole
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
@@ -179,7 +170,8 @@ class Settings(GPTConfig):
 def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     processes = find_processes()
-    with errors_told_once(processes), StopRequest(is_main=processes.rank == 0) as stop:
+    with errors_told_once(processes):
+        stop = StopRequest(is_main=processes.rank == 0)
         given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
         if is_sweep(given):
             sweep(given, processes, stop)
@@ -203,7 +195,7 @@ def main():
         if processes.rank == 0:
             Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
         alone = prepare_data.locked(settings.out_dir, f"training in {settings.out_dir}")
-        with alone if processes.rank == 0 else nullcontext():
+        with alone if processes.rank == 0 else nullcontext(), stop.listen(f"{settings.out_dir}/ckpt.pt"):
             train(checkpoint, changes, data, setup, stop)
 
 
@@ -250,7 +242,6 @@ def train(checkpoint, changes, data, setup, stop):
             folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
 
     # -- the loop
-    stop.listen(f"{settings.out_dir}/ckpt.pt")
     model.train()
     is_stopping, batches = False, read_step(data, step, setup)
     if val_loss is None:
@@ -267,7 +258,9 @@ def train(checkpoint, changes, data, setup, stop):
         with times("steps"):
             # The mean over all tokens of the step that have a target, wherever they are: each micro-batch counts by its
             # number of them. DDP and FSDP divide the sum of gradients by the number of processes, hence the factor.
-            n_targets, loss = count_targets(batches, step, processes), 0
+            n_targets, loss = processes.sum(sum(n for *_, n in batches))[0], 0
+            if not n_targets:
+                raise UserError(f"no token of step {step} has a target: all are prompts, or cut before the answer")
             for i, (x, y, n) in enumerate(batches):
                 net.require_backward_grad_sync = i == len(batches) - 1  # DDP exchanges gradients once a step
                 with autocast():
@@ -315,6 +308,25 @@ def train(checkpoint, changes, data, setup, stop):
         print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
 
 
+@torch.no_grad()
+def evaluate(model, data, setup, n):
+    """Mean loss in nats over the tokens with a target of n batches of `data`, the same at each call; of all its whole
+    batches if n is 0 or more than they are. The processes share them."""
+    model.eval()
+    processes, batch_size = setup.processes, setup.settings.batch_size
+    available = max(1, len(data) // batch_size)
+    n, total, count = min(n or available, available), 0, 0
+    for i in range(processes.rank, n + -n % processes.size, processes.size):
+        # Beyond the last batch it counts for nothing: sharded models need all processes in every pass.
+        x, y, n_targets = get_batch(data, min(i, n - 1) * batch_size, batch_size, setup.device)
+        with setup.autocast():
+            total += model(x, y)[1].double() * (n_targets * (i < n))
+        count += n_targets * (i < n)
+    model.train()
+    total, count = processes.sum(total.item(), count)
+    return total / max(count, 1)
+
+
 def describe_model(model, data, setup):
     count, config = model.count_params(), data.config
     n = setup.processes.size
@@ -345,14 +357,6 @@ def learning_rate(step, settings):
     share = (step - settings.warmup_iters) / max(1, end - settings.warmup_iters)
     low = settings.learning_rate / 10 if settings.min_lr is None else settings.min_lr
     return low + (settings.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def count_targets(batches, step, processes):
-    """The targets of a step in all processes; UserError for a step without any, which has no loss."""
-    n_targets = processes.sum(sum(n for *_, n in batches))[0]
-    if not n_targets:
-        raise UserError(f"no token of step {step} has a target: its examples are prompts, or cut before the answer")
-    return n_targets
 
 
 def clip(parameters, largest):
@@ -581,14 +585,12 @@ def count_steps(settings, n_rows):
 
 def check_shards(sizes):
     """UserError for a shard that has disappeared or changed size: reading its memory map past its end would kill."""
-    advice = "put it back, and --init_from=resume goes on from the last checkpoint"
     for path, size in sizes.items():
-        try:
-            now = os.path.getsize(path)
-        except OSError as error:
-            raise UserError(f"shard {path} has gone ({error.strerror}): {advice}") from None
+        now = os.path.getsize(path) if os.path.exists(path) else None
         if now != size:
-            raise UserError(f"shard {path} has {now} bytes, {size} before: {advice}")
+            what = "has gone" if now is None else f"has {now} bytes, {size} before"
+            advice = "put it back, and --init_from=resume goes on from the last checkpoint"
+            raise UserError(f"shard {path} {what}: {advice}")
 
 
 def read_step(data, step, setup):
@@ -767,29 +769,6 @@ def draw_layers(model, optimizer, step, settings, trained):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-@torch.no_grad()
-def evaluate(model, data, setup, n):
-    """Mean loss in nats over the tokens with a target of n batches of `data`, the same at each call; of all its whole
-    batches if n is 0 or more than they are. The processes share them."""
-    model.eval()
-    processes, batch_size = setup.processes, setup.settings.batch_size
-    available = max(1, len(data) // batch_size)
-    n, total, count = min(n or available, available), 0, 0
-    for i in range(processes.rank, n + -n % processes.size, processes.size):
-        # Beyond the last batch it counts for nothing: sharded models need all processes in every pass.
-        x, y, n_targets = get_batch(data, min(i, n - 1) * batch_size, batch_size, setup.device)
-        with setup.autocast():
-            total += model(x, y)[1].double() * (n_targets * (i < n))
-        count += n_targets * (i < n)
-    model.train()
-    total, count = processes.sum(total.item(), count)
-    return total / max(count, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What a person sees
 
 
@@ -896,7 +875,9 @@ def stream_report(model, x, y, autocast):
     def variance(x):
         return x.detach().float().var(-1, correction=0).mean().item()
 
-    def see_state(module, inputs, x):
+    def see_state(block, inputs, x):
+        if block is model.blocks[0]:
+            report["embed_variance"] = variance(inputs[0])
         x = x.detach().float().flatten(0, 1)
         centered, size = x - x.mean(0), x.abs()
         m2, m4 = centered.square().mean(0), centered.pow(4).mean(0)
@@ -909,10 +890,6 @@ def stream_report(model, x, y, autocast):
     def see_branch(name, module, inputs, h):
         report[f"{name}_variance"].append(variance(h))
 
-    def see_embedding(module, inputs):
-        report["embed_variance"] = variance(inputs[0])
-
-    hooks.append(model.blocks[0].register_forward_pre_hook(see_embedding))
     for block in model.blocks:
         hooks.append(block.register_forward_hook(see_state))
         for name in ("attn", "mlp"):
@@ -1157,27 +1134,24 @@ def first_non_finite(model, batches, autocast):
 
 
 class StopRequest:
-    """SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a second one ends the
-    process at once. Both hold from `listen` to the end of the context. A run of a sweep also stops when the sweep has
-    ended without it."""
+    """While it listens, SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a
+    second one ends the process at once. A run of a sweep also stops when the sweep has ended without it."""
 
     def __init__(self, is_main):
-        self.is_main, self.number, self.before = is_main, 0, {}
-        self.sweep = int(os.environ.get(SWEEP, 0))
+        self.is_main, self.number, self.sweep = is_main, 0, int(os.environ.get(SWEEP, 0))
 
     def is_asked(self):
         return self.number > 0 or self.sweep not in (0, os.getppid())
 
+    @contextmanager
     def listen(self, checkpoint):
         self.checkpoint = checkpoint
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def receive(self, number, frame):
         # os.write, since a signal may arrive in the middle of a print
@@ -1469,9 +1443,8 @@ def train_trials(trials, folder, stop):
     n_places = trials[0].settings.jobs or len(names)
     for i in range(n_places):
         places.put(names[i % len(names)])
-    stop.listen(f"{folder}/*/ckpt.pt")
     begin, share_before = time.monotonic(), share_done(trials)
-    with ThreadPoolExecutor(n_places) as pool:
+    with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_places) as pool:
         running = {pool.submit(run_trial, trial, places, stop) for trial in waiting}
         while running:
             ended, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)

@@ -241,8 +241,7 @@ def in_a_child(act):
 
 def test_a_second_signal_ends_at_once():
     def act():
-        with train.StopRequest(is_main=False) as stop:
-            stop.listen("run")
+        with train.StopRequest(is_main=False).listen("run"):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
