@@ -132,8 +132,7 @@ class Settings(GPTConfig):
         is_tuning, has_gates = self.init_from not in ("scratch", "resume"), find_scheme(self.norm)[1]
         self.out_dir = self.out_dir or f"out-{self.norm}" + "-finetuned" * is_tuning
         if self.max_iters is None and self.epochs is None:  # the steps of epochs are known once the data are open
-            tokens = 280 * self.tokens_per_step if self.max_tokens is None else self.max_tokens
-            self.max_iters = max(1, round(tokens / self.tokens_per_step))
+            self.max_iters = 280 if self.max_tokens is None else max(1, round(self.max_tokens / self.tokens_per_step))
         if self.freeze_gates is None:
             self.freeze_gates = is_tuning and has_gates and self.gates is None
         if self.min_lr is not None and self.min_lr > self.learning_rate:
@@ -216,7 +215,7 @@ def train(checkpoint, changes, data, setup, stop):
     compiled = torch.compile(model) if setup.use_compile and not settings.shard else model
     net = exchange_gradients(compiled, setup)  # what the steps call; the evaluation calls `compiled`
 
-    begin = resumed or NO_STEPS
+    begin = resumed or NEW_RUN
     step, skipped, tokens, val_loss = begin["step"], begin["skipped"], begin["tokens"], begin["val_loss"]
     folder = RunFolder(resumed, changes, setup)
     times, report = Times(), {}
@@ -402,7 +401,8 @@ def settings_of_run(given):
             if name in given and given[name] != of_run.get(name, Settings.__dataclass_fields__[name].default):
                 raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
         if "max_iters" not in given and ("epochs" in given or "max_tokens" in given):
-            of_run = {n: v for n, v in of_run.items() if n not in ("max_iters", "epochs")}
+            for name in ("max_iters", "epochs"):
+                of_run.pop(name, None)
     differ = [n for n in checkpoint["config"] if n in given and given[n] != of_run[n]]
     if is_tuning:  # no weight depends on the length
         differ = [n for n in differ if n != "block_size"]
@@ -412,14 +412,14 @@ def settings_of_run(given):
     return of_run, checkpoint
 
 
-# What a checkpoint says beside what model.load_checkpoint asks for; earlier versions did not write all of it.
-NO_STEPS = {"step": 0, "skipped": 0, "tokens": 0, "val_loss": None, "shards": {}}
+# How far a run is, as its checkpoint says it, before the first step; checkpoints of earlier versions lack some of it.
+NEW_RUN = {"step": 0, "skipped": 0, "tokens": 0, "val_loss": None, "shards": {}}
 
 
 def open_checkpoint(path):
-    """model.load_checkpoint's dict, with all of NO_STEPS; UserError if it cannot be read or is not as it was written."""
+    """model.load_checkpoint's dict, with all of NEW_RUN; UserError if it cannot be read or is not as it was written."""
     try:
-        checkpoint = NO_STEPS | load_checkpoint(path)
+        checkpoint = NEW_RUN | load_checkpoint(path)
     except ValueError as error:
         raise UserError(str(error)) from None
     for name, kind in {"skipped": int, "tokens": int, "val_loss": float | None, "shards": dict}.items():
@@ -678,6 +678,28 @@ def shard_model(model, device, use_compile, init_seed):
     if init_seed is not None:
         with implicit_replication():  # each process draws the whole tensor, and copies its part of it
             model.init_weights(init_seed)
+
+
+def whole(tree, keep=True):
+    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU: the same form, however
+    many processes trained. All processes take part; without `keep` this one gets None for a sharded tensor."""
+    if isinstance(tree, dict):
+        return {key: whole(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value, keep) for value in tree]
+    if not hasattr(tree, "full_tensor"):  # no DTensor (their import takes a second: it is for those who shard)
+        return tree
+    tensor = tree.full_tensor()
+    return tensor.cpu() if keep else None
+
+
+def placed_as(like, value):
+    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
+    if hasattr(like, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return value
 
 
 def exchange_gradients(model, setup):
@@ -1037,28 +1059,6 @@ def give_second_name(path, name):
         os.link(path, name)
     except OSError:  # a file system without links: a copy
         shutil.copyfile(path, name)
-
-
-def whole(tree, keep=True):
-    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU: the same form, however
-    many processes trained. All processes take part; without `keep` this one gets None for a sharded tensor."""
-    if isinstance(tree, dict):
-        return {key: whole(value, keep) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [whole(value, keep) for value in tree]
-    if not hasattr(tree, "full_tensor"):  # no DTensor (their import takes a second: it is for those who shard)
-        return tree
-    tensor = tree.full_tensor()
-    return tensor.cpu() if keep else None
-
-
-def placed_as(like, value):
-    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
-    if hasattr(like, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value
 
 
 def open_loggers(settings):
@@ -1451,13 +1451,13 @@ def train_trials(trials, folder, stop):
             for future in ended:
                 future.result()
             if ended or sys.stderr.isatty():
-                text = describe_progress(trials, time.monotonic() - begin, share_before)
+                text = progress_line(trials, time.monotonic() - begin, share_before)
                 end = "\r" if running and sys.stderr.isatty() else "\n"
                 print(text, end=end, file=sys.stderr, flush=True)
 
 
 def run_trial(trial, places, stop):
-    """Trains a run at a free place, the number of a GPU or "" for a core, and tells its outcome if it is not a good one."""
+    """Trains a run at a free place, the number of a GPU or "" for a core; prints why it failed or diverged."""
     place = places.get()
     try:
         if not stop.number:
@@ -1506,8 +1506,8 @@ def share_done(trials):
     return sum(trial.flops * step for trial, step in zip(trials, steps)) / max(total, 1)
 
 
-def describe_progress(trials, seconds, share_before):
-    """How far the runs are, and how long the rest takes, as the last `seconds` went."""
+def progress_line(trials, seconds, share_before):
+    """How far the runs are, as their logs say, and how long the rest takes, as the last `seconds` went."""
     for trial in trials:
         if trial.started and not trial.outcome:
             trial.read_log()
