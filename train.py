@@ -15,8 +15,8 @@ A run is a folder: ckpt.pt (weights, optimizer, architecture, tokenizer), ckpt_p
 log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=resume goes on to the bit.
 
 The file begins with the settings and the training, `train`, whose loop is its last part. The pieces that it calls
-follow: what a run continues, data, the model, the optimizer, measuring, the run's folder, faults, processes, planning,
-sweeps.
+follow: what a run continues, the machine, data, the model and the optimizer, what a person sees, the run's folder,
+faults, processes, planning, sweeps.
 """
 
 import ctypes
@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import queue
 import random
 import shutil
 import signal
@@ -35,6 +36,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -50,17 +52,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
-from configurator import (
-    COUNT,
-    NATURAL,
-    NOT_NEGATIVE,
-    UserError,
-    build_settings,
-    read_log,
-    read_settings,
-    run,
-    save_whole,
-)
+from configurator import COUNT, NATURAL, NOT_NEGATIVE
+from configurator import UserError, build_settings, read_log, read_settings, run, save_whole
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
@@ -139,8 +132,7 @@ class Settings(GPTConfig):
         is_tuning, has_gates = self.init_from not in ("scratch", "resume"), find_scheme(self.norm)[1]
         self.out_dir = self.out_dir or f"out-{self.norm}" + "-finetuned" * is_tuning
         if self.max_iters is None and self.epochs is None:  # the steps of epochs are known once the data are open
-            tokens = self.batch_size * self.gradient_accumulation_steps * self.block_size
-            self.max_iters = 280 if self.max_tokens is None else max(1, round(self.max_tokens / tokens))
+            self.max_iters = 280 if self.max_tokens is None else max(1, round(self.max_tokens / self.tokens_per_step))
         if self.freeze_gates is None:
             self.freeze_gates = is_tuning and has_gates and self.gates is None
         if self.min_lr is not None and self.min_lr > self.learning_rate:
@@ -160,6 +152,15 @@ class Settings(GPTConfig):
             if self.lisa_layers and getattr(self, name):
                 raise ValueError(f"lisa_layers changes what is trained as it runs: it does not go with {name}")
 
+    @property
+    def tokens_per_step(self):
+        """Of all processes, padding too."""
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+    def architecture(self, vocab_size):
+        """The GPTConfig of a model with so many tokens."""
+        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)} | {"vocab_size": vocab_size})
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -168,7 +169,8 @@ class Settings(GPTConfig):
 def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     processes = find_processes()
-    with errors_told_once(processes), StopRequest(is_main=processes.rank == 0) as stop:
+    with errors_told_once(processes):
+        stop = StopRequest(is_main=processes.rank == 0)
         given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
         if is_sweep(given):
             sweep(given, processes, stop)
@@ -187,7 +189,12 @@ def main():
             evaluate_run(checkpoint, data, setup)
             return
         changes = {name: (of_run[name], now) for name, now in given.items() if of_run.get(name, now) != now}
-        with alone_in_folder(settings.out_dir, processes):
+        if settings.init_from != "resume":
+            check_out_dir(settings)
+        if processes.rank == 0:
+            Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
+        alone = prepare_data.locked(settings.out_dir, f"training in {settings.out_dir}")
+        with alone if processes.rank == 0 else nullcontext(), stop.listen(f"{settings.out_dir}/ckpt.pt"):
             train(checkpoint, changes, data, setup, stop)
 
 
@@ -198,7 +205,6 @@ def train(checkpoint, changes, data, setup, stop):
     """
     settings, processes, autocast = setup.settings, setup.processes, setup.autocast
     resumed = checkpoint if settings.init_from == "resume" else None
-    folder = RunFolder(resumed, setup)
     model = build_model(data.config, checkpoint and checkpoint["model"], setup)
     set_gates(model, settings, is_new=resumed is None)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -209,57 +215,51 @@ def train(checkpoint, changes, data, setup, stop):
     compiled = torch.compile(model) if setup.use_compile and not settings.shard else model
     net = exchange_gradients(compiled, setup)  # what the steps call; the evaluation calls `compiled`
 
-    start_step = step = resumed["step"] if resumed else 0
-    skipped, val_loss = (resumed.get("skipped", 0), resumed.get("val_loss")) if resumed else (0, None)
-    tokens = resumed.get("tokens", 0) if resumed else 0  # targets that were trained on: neither padding nor prompts
-    folder.begin_log(resumed, changes)
-    times, meter = Times(), RateMeter(model, setup, start_step)
-    report, report_batch = {}, get_batch(data.val, 0, min(8, len(data.val)), setup.device)
+    begin = resumed or NEW_RUN
+    step, skipped, tokens, val_loss = begin["step"], begin["skipped"], begin["tokens"], begin["val_loss"]
+    folder = RunFolder(resumed, changes, setup)
+    times, report = Times(), {}
+    report_batch = get_batch(data.val, 0, min(8, len(data.val)), setup.device)
+
+    def measure():
+        """(the held-out loss, stream_report's dict), both in the log."""
+        with times("evaluation"):
+            check_shards(data.sizes)
+            is_last = step >= settings.max_iters and settings.last_eval_iters is not None
+            loss = evaluate(compiled, data.val, setup, settings.last_eval_iters if is_last else settings.eval_iters)
+            if not math.isfinite(loss):
+                folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
+            text, record = describe_loss(loss, data)
+            print(f"step {step:5d}: {text}")
+            needs_report = processes.rank == 0 or settings.shard
+            report = stream_report(model, *report_batch[:2], autocast) if needs_report else {}
+            folder.log({"step": step, "tokens": tokens, **record, **report})
+        return loss, report
 
     def save():
         with times("checkpoints"):
             folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
 
-    def evaluate_and_save():
-        nonlocal val_loss, report
-        with times("evaluation"):
-            check_shards(data.sizes)
-            is_last = step >= settings.max_iters and settings.last_eval_iters is not None
-            n_batches, begin = settings.last_eval_iters if is_last else settings.eval_iters, time.monotonic()
-            val_loss = evaluate(compiled, data.val, setup, n_batches)
-            if not math.isfinite(val_loss):
-                what = f"validation loss is {val_loss} at step {step}"
-                folder.end_where_not_finite(step, what, model, [report_batch])
-            if step == start_step and step < settings.max_iters and not setup.use_compile:
-                seconds = expected_seconds(
-                    setup, step, time.monotonic() - begin, count_batches(data.val, setup, n_batches)
-                )
-                print(f"about {clock(seconds)} in all")
-            text, record = describe_loss(val_loss, data)
-            print(f"step {step:5d}: {text}")
-            if processes.rank == 0 or settings.shard:
-                report = stream_report(model, *report_batch[:2], autocast)
-            folder.log({"step": step, "tokens": tokens, **record, **report})
-        save()
-
     # -- the loop
-    stop.listen(f"{settings.out_dir}/ckpt.pt")
     model.train()
     is_stopping, batches = False, read_step(data, step, setup)
-    if is_due(step, settings) and not folder.is_evaluated:
-        evaluate_and_save()
+    if val_loss is None:
+        val_loss, report = measure()
+        save()
     while step < settings.max_iters and not is_stopping:
         lr = learning_rate(step, settings)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if settings.lisa_layers and (step == start_step or step % settings.lisa_interval == 0):
+        if settings.lisa_layers and (step == begin["step"] or step % settings.lisa_interval == 0):
             draw_layers(model, optimizer, step, settings, trained)
             net = exchange_gradients(compiled, setup)
 
-        with times("compilation" if setup.use_compile and step == start_step else "steps"):
+        with times("steps"):
             # The mean over all tokens of the step that have a target, wherever they are: each micro-batch counts by its
             # number of them. DDP and FSDP divide the sum of gradients by the number of processes, hence the factor.
-            n_targets, loss = count_targets(batches, step, processes), 0
+            n_targets, loss = processes.sum(sum(n for *_, n in batches))[0], 0
+            if not n_targets:
+                raise UserError(f"no token of step {step} has a target: all are prompts, or cut before the answer")
             for i, (x, y, n) in enumerate(batches):
                 net.require_backward_grad_sync = i == len(batches) - 1  # DDP exchanges gradients once a step
                 with autocast():
@@ -287,22 +287,43 @@ def train(checkpoint, changes, data, setup, stop):
         elif step % settings.log_interval == 0:
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_grad_norms": layer_norms}
             record |= {"gate_grad_norm": gate_norm} if gates else {}
-            folder.log(record | {"tokens": tokens} | auxiliary_losses(model) | meter.read(record, times))
-        if setup.use_compile and step == start_step + 1:
-            print(f"the first step took {clock(times.spent['compilation'])}, with compilation")
-        if is_due(step, settings):
-            evaluate_and_save()
+            folder.log(record | {"tokens": tokens} | print_step(record, model, times, setup))
+        if step == begin["step"] + 1:
+            print_first_step(step, times, setup)
+        if step % settings.eval_interval == 0 or step >= settings.max_iters:
+            val_loss, report = measure()
+            save()
         elif not skipped and (is_stopping or is_kept(step, settings)):
             save()  # not after skipped steps: the checkpoint from before them stays
 
     processes.wait()  # for the checkpoint
     if is_stopping and step < settings.max_iters:
-        end_by_signal(stop, step, folder)
+        where = f"stopped at step {step}, {settings.out_dir}/ckpt.pt is of step {folder.saved_step}"
+        stop.end(f"{where}; continue with --init_from=resume --out_dir={settings.out_dir}")
     print(f"done in {times}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
     if report:
         print(picture(report))
     if data.tokenizer and (processes.rank == 0 or settings.shard):
         print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
+
+
+@torch.no_grad()
+def evaluate(model, data, setup, n):
+    """Mean loss in nats over the tokens with a target of n batches of `data`, the same at each call; of all its whole
+    batches if n is 0 or more than they are. The processes share them."""
+    model.eval()
+    processes, batch_size = setup.processes, setup.settings.batch_size
+    available = max(1, len(data) // batch_size)
+    n, total, count = min(n or available, available), 0, 0
+    for i in range(processes.rank, n + -n % processes.size, processes.size):
+        # Beyond the last batch it counts for nothing: sharded models need all processes in every pass.
+        x, y, n_targets = get_batch(data, min(i, n - 1) * batch_size, batch_size, setup.device)
+        with setup.autocast():
+            total += model(x, y)[1].double() * (n_targets * (i < n))
+        count += n_targets * (i < n)
+    model.train()
+    total, count = processes.sum(total.item(), count)
+    return total / max(count, 1)
 
 
 def describe_model(model, data, setup):
@@ -337,19 +358,6 @@ def learning_rate(step, settings):
     return low + (settings.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def is_due(step, settings):
-    """Whether an evaluation follows a step: every eval_interval, and at the end."""
-    return step % settings.eval_interval == 0 or step >= settings.max_iters
-
-
-def count_targets(batches, step, processes):
-    """The targets of a step in all processes; UserError for a step without any, which has no loss."""
-    n_targets = processes.sum(sum(n for *_, n in batches))[0]
-    if not n_targets:
-        raise UserError(f"no token of step {step} has a target: its examples are prompts, or cut before the answer")
-    return n_targets
-
-
 def clip(parameters, largest):
     """The norm of their joint gradient, which is scaled down to `largest` where it is above; 0: not at all."""
     return whole(torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf)).item() if parameters else 0.0
@@ -359,11 +367,6 @@ def gradient_norms(model):
     """Norm of the gradient of each layer's parameters, a list; what is frozen has none."""
     grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in model.blocks]
     return [whole(torch.nn.utils.get_total_norm(of_layer)).item() for of_layer in grads]
-
-
-def auxiliary_losses(model):
-    """{name_loss: number} of what training adds to the cross-entropy, of this process's last micro-batch."""
-    return {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +401,8 @@ def settings_of_run(given):
             if name in given and given[name] != of_run.get(name, Settings.__dataclass_fields__[name].default):
                 raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
         if "max_iters" not in given and ("epochs" in given or "max_tokens" in given):
-            of_run = {n: v for n, v in of_run.items() if n not in ("max_iters", "epochs")}
+            for name in ("max_iters", "epochs"):
+                of_run.pop(name, None)
     differ = [n for n in checkpoint["config"] if n in given and given[n] != of_run[n]]
     if is_tuning:  # no weight depends on the length
         differ = [n for n in differ if n != "block_size"]
@@ -408,24 +412,24 @@ def settings_of_run(given):
     return of_run, checkpoint
 
 
+# How far a run is, as its checkpoint says it, before the first step; checkpoints of earlier versions lack some of it.
+NEW_RUN = {"step": 0, "skipped": 0, "tokens": 0, "val_loss": None, "shards": {}}
+
+
 def open_checkpoint(path):
-    """model.load_checkpoint's dict, and what else train.py reads of it is as it was written; UserError."""
+    """model.load_checkpoint's dict, with all of NEW_RUN; UserError if it cannot be read or is not as it was written."""
     try:
-        checkpoint = load_checkpoint(path)
+        checkpoint = NEW_RUN | load_checkpoint(path)
     except ValueError as error:
         raise UserError(str(error)) from None
+    for name, kind in {"skipped": int, "tokens": int, "val_loss": float | None, "shards": dict}.items():
+        if not isinstance(checkpoint[name], kind):
+            raise UserError(f"checkpoint {path} cannot be read: its {name} is a {type(checkpoint[name]).__name__}")
     try:
-        sizes = checkpoint.get("shards", {})
-        if not all(isinstance(name, str) and type(size) is int for name, size in sizes.items()):
-            raise ValueError("its shards are not sizes by name")
-        counts = [checkpoint.get("skipped", 0), checkpoint.get("tokens", 0)]
-        if {*map(type, counts)} != {int} or type(checkpoint.get("val_loss")) not in (float, type(None)):
-            raise ValueError("its skipped, its tokens or its val_loss is not a number")
         if checkpoint["tokenizer"] is not None:
             prepare_data.build_encoding(checkpoint["tokenizer"])
     except Exception as error:  # an edited file can hold anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__} {reason}") from None
+        raise UserError(f"checkpoint {path} cannot be read: its tokenizer, {type(error).__name__} {error}") from None
     return checkpoint
 
 
@@ -458,11 +462,7 @@ class Setup:
     processes: "Processes"
     device: torch.device
     dtype: str
-
-    @property
-    def use_compile(self):
-        asked, can = self.settings.compile, self.device.type == "cuda" and not self.settings.lisa_layers
-        return can if asked is None else asked
+    use_compile: bool = False
 
     def autocast(self):
         """The context in which a model computes."""
@@ -471,8 +471,7 @@ class Setup:
 
 def set_up(settings, processes):
     """The Setup that the settings ask for and the machine has; from here on the processes are connected."""
-    if settings.gradient_accumulation_steps % processes.size:
-        raise UserError(f"{cannot_share(settings, processes.size)} processes")
+    check_sharing(settings, processes.size, "processes")
     if settings.shard and processes.size == 1:
         raise UserError("shard spreads a model over processes, this is one: torchrun --nproc_per_node=N train.py ...")
     name = settings.device
@@ -481,14 +480,13 @@ def set_up(settings, processes):
             raise UserError(f"device is {name} for all {processes.size} processes; say cuda, and each takes its own")
         if name in ("auto", "cuda") and torch.cuda.is_available():
             name = f"cuda:{processes.local_rank}"
-    try:
-        device = find_device(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    dtype = settings.dtype
+    device, dtype = usable_device(name), settings.dtype
     if dtype == "auto":
         is_fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
         dtype = "bfloat16" if is_fast and is_fast() else "float32"
+    use_compile = settings.compile
+    if use_compile is None:
+        use_compile = device.type == "cuda" and not settings.lisa_layers
     torch.backends.cuda.matmul.allow_tf32 = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -496,7 +494,22 @@ def set_up(settings, processes):
         keep_freed_memory()
     processes.connect(device)
     torch.manual_seed(settings.seed)
-    return Setup(settings, processes, device, dtype)
+    return Setup(settings, processes, device, dtype, use_compile)
+
+
+def usable_device(name):
+    """model.find_device; UserError."""
+    try:
+        return find_device(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check_sharing(settings, size, what):
+    """UserError if so many processes, or GPUs, cannot share the micro-steps of a step."""
+    n = settings.gradient_accumulation_steps
+    if n % size:
+        raise UserError(f"gradient_accumulation_steps {n} cannot be shared by {size} {what}")
 
 
 def keep_freed_memory():
@@ -525,60 +538,43 @@ class Data:
 
 
 def open_data(checkpoint, setup):
-    """The Data of a run; the default data set is prepared if it is missing. UserError for what does not fit."""
-    settings, is_new = setup.settings, setup.settings.init_from != "resume" and not setup.settings.eval_only
-    if setup.processes.rank == 0:
-        find_data(settings)  # one process prepares what is missing
-    setup.processes.wait()
-    folder = find_data(settings)
+    """The Data of a run. UserError for what does not fit its settings or its checkpoint."""
+    settings, folder = setup.settings, find_data(setup.settings, setup.processes)
     meta = prepare_data.read_meta(folder)
-    tokenizer = checkpoint["tokenizer"] if checkpoint else meta.get("tokenizer")
-    architecture = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
-    architecture["vocab_size"] = settings.vocab_size or meta.get("vocab_size", 0)
-    if not architecture["vocab_size"]:
+    vocab_size = settings.vocab_size or meta.get("vocab_size", 0)
+    if not vocab_size:
         raise UserError(f"{folder} has no meta.json: say its vocabulary with --vocab_size=N (50257 for GPT-2's)")
-    config = GPTConfig(**architecture)
-    if config.vocab_size < meta.get("vocab_size", 0):
-        raise UserError(f"vocab_size {config.vocab_size} is smaller than the {meta['vocab_size']} of {folder}")
+    if vocab_size < meta.get("vocab_size", 0):
+        raise UserError(f"vocab_size {vocab_size} is smaller than the {meta['vocab_size']} of {folder}")
+    tokenizer = checkpoint["tokenizer"] if checkpoint else meta.get("tokenizer")
     if meta and tokenizer and meta["tokenizer"] != tokenizer:
-        run_folder = settings.init_from if is_new else settings.out_dir
+        run_folder = settings.out_dir if settings.eval_only or settings.init_from == "resume" else settings.init_from
         names = meta["tokenizer"]["name"], tokenizer["name"]
         raise UserError(f"{folder} was made with tokenizer {names[0]}, {run_folder} with {names[1]}")
     if meta and checkpoint and not tokenizer and setup.processes.rank == 0:
         text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
         print(f"warning: {text}", file=sys.stderr)
-    if is_new:
-        check_out_dir(settings)
 
-    train_data = TokenData(folder, "train", config.block_size, config.vocab_size, settings.seed, settings.rows)
-    val_data = TokenData(folder, "val", config.block_size, config.vocab_size, rows=settings.rows)
+    train_data = TokenData(folder, "train", settings.block_size, vocab_size, settings.seed, settings.rows)
+    val_data = TokenData(folder, "val", settings.block_size, vocab_size, rows=settings.rows)
     if settings.max_iters is None:
         settings.max_iters = count_steps(settings, len(train_data))
     sizes = {path: os.path.getsize(path) for part in (train_data, val_data) for path in part.paths}
     if settings.init_from == "resume" and settings.dataset == checkpoint["settings"].get("dataset"):
-        check_shards({folder / name: size for name, size in checkpoint.get("shards", {}).items()})
+        check_shards({folder / str(name): size for name, size in checkpoint["shards"].items()})
     bits_per_nat = None
     if meta:
         bits_per_nat = meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"] / math.log(2)
-    return Data(folder, train_data, val_data, config, tokenizer, bits_per_nat, sizes)
+    return Data(folder, train_data, val_data, settings.architecture(vocab_size), tokenizer, bits_per_nat, sizes)
 
 
-def find_data(settings):
-    """Folder of the data set; the default one is prepared if it is missing. UserError for any other."""
-    try:
-        return prepare_data.find_data(settings.dataset, settings.data_dir, "train")
-    except UserError:
-        if settings.dataset != "stdlib" or (Path(settings.data_dir) / "stdlib").is_dir():
-            raise
-    print("preparing the default data set, this machine's Python standard library")
-    return prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
-
-
-def resolve_epochs(settings):
-    """Sets max_iters where epochs say it, before the run opens its data."""
-    if settings.max_iters is None:
-        data = TokenData(find_data(settings), "train", settings.block_size, 2**31, rows=settings.rows)
-        settings.max_iters = count_steps(settings, len(data))
+def find_data(settings, processes):
+    """Folder of the data set. The default one is prepared by one process if it is missing; UserError for any other."""
+    if processes.rank == 0 and settings.dataset == "stdlib" and not (Path(settings.data_dir) / "stdlib").is_dir():
+        print("preparing the default data set, this machine's Python standard library")
+        prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
+    processes.wait()
+    return prepare_data.find_data(settings.dataset, settings.data_dir, "train")
 
 
 def count_steps(settings, n_rows):
@@ -589,14 +585,12 @@ def count_steps(settings, n_rows):
 
 def check_shards(sizes):
     """UserError for a shard that has disappeared or changed size: reading its memory map past its end would kill."""
-    advice = "put it back, and --init_from=resume goes on from the last checkpoint"
     for path, size in sizes.items():
-        try:
-            now = os.path.getsize(path)
-        except OSError as error:
-            raise UserError(f"shard {path} has gone ({error.strerror}): {advice}") from None
+        now = os.path.getsize(path) if os.path.exists(path) else None
         if now != size:
-            raise UserError(f"shard {path} has {now} bytes, {size} before: {advice}")
+            what = "has gone" if now is None else f"has {now} bytes, {size} before"
+            advice = "put it back, and --init_from=resume goes on from the last checkpoint"
+            raise UserError(f"shard {path} {what}: {advice}")
 
 
 def read_step(data, step, setup):
@@ -686,6 +680,28 @@ def shard_model(model, device, use_compile, init_seed):
             model.init_weights(init_seed)
 
 
+def whole(tree, keep=True):
+    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU: the same form, however
+    many processes trained. All processes take part; without `keep` this one gets None for a sharded tensor."""
+    if isinstance(tree, dict):
+        return {key: whole(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value, keep) for value in tree]
+    if not hasattr(tree, "full_tensor"):  # no DTensor (their import takes a second: it is for those who shard)
+        return tree
+    tensor = tree.full_tensor()
+    return tensor.cpu() if keep else None
+
+
+def placed_as(like, value):
+    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
+    if hasattr(like, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
 def exchange_gradients(model, setup):
     """The model as the steps call it: under several processes, each with the whole model, in DDP. FSDP exchanges
     gradients in each micro-step, since the sum of what is not yet exchanged is as large as the whole model."""
@@ -698,35 +714,33 @@ def build_optimizer(model, resumed, setup):
     """The optimizer of the settings, with the moments of the checkpoint `resumed` if there is one; UserError."""
     settings = setup.settings
     groups = model.optimizer_groups(settings.weight_decay, settings.decay_embedding)
-    for group in groups:
-        group["weight_decay"] = settings.weight_decay if settings.decay_vectors else group["weight_decay"]
+    for group in groups if settings.decay_vectors else ():
+        group["weight_decay"] = settings.weight_decay
     optimizer = OPTIMIZERS[settings.optimizer](groups, settings)
     if resumed:
         try:
-            load_optimizer(optimizer, resumed["optimizer"])
+            load_moments(optimizer, resumed["optimizer"])
         except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"the optimizer state in {settings.out_dir}/ckpt.pt does not fit the model: {error}"
-            ) from None
+            path = f"{settings.out_dir}/ckpt.pt"
+            raise UserError(f"the optimizer state in {path} does not fit the model: {error}") from None
     return optimizer
 
 
-def load_optimizer(optimizer, saved):
-    """Gives the optimizer the moments of the `saved` state, in portable form; the hyperparameters stay its own.
-    ValueError or another error of look-up if they do not fit."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {}
-    for i, moments in saved["state"].items():
-        for name, value in moments.items():
-            if value.dim() and value.shape != params[i].shape:
-                raise ValueError(
-                    f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(params[i].shape)}"
-                )
-        # `clone`, since the optimizer will write into them and the file is mapped
-        state[i] = {name: placed_as(params[i], v).clone() if v.dim() else v.clone() for name, v in moments.items()}
+def load_moments(optimizer, saved):
+    """Gives the optimizer the moments of the `saved` state; the hyperparameters stay its own. ValueError or another
+    error of look-up if they do not fit."""
     now = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in now]:
         raise ValueError("its groups hold other parameters")
+    params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+    for i, moments in saved["state"].items():
+        state[i] = {}
+        for name, value in moments.items():
+            if value.dim() and value.shape != params[i].shape:
+                shapes = tuple(value.shape), tuple(params[i].shape)
+                raise ValueError(f"{name} of parameter {i} has shape {shapes[0]}, not {shapes[1]}")
+            # `clone`, since the optimizer will write into it and the file is mapped
+            state[i][name] = (placed_as(params[i], value) if value.dim() else value).clone()
     optimizer.load_state_dict({"state": state, "param_groups": now})
 
 
@@ -752,15 +766,13 @@ def read_gates(text, config):
             what = f"a number, {config.n_layer} numbers with commas between, or a run's folder"
             raise UserError(f"gates is {text!r}; it must be {what}") from None
         weights = open_checkpoint(text)["model"]
-    else:
-        if not all(map(math.isfinite, values)):
-            raise UserError(f"gates is {text!r}; gates must be finite")
-        return values * config.n_layer if len(values) == 1 else values
-    names = [f"blocks.{i}.gate" for i in range(config.n_layer + 1)]
-    values = [weights[name].tolist() for name in names if name in weights]
-    if not values:
-        raise UserError(f"{text} has no gates: it was trained without gpas_")
-    return values
+        values = [weight.tolist() for name, weight in weights.items() if name.endswith(".gate")]
+        if not values:
+            raise UserError(f"{text} has no gates: it was trained without gpas_") from None
+        return values
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"gates is {text!r}; gates must be finite")
+    return values * config.n_layer if len(values) == 1 else values
 
 
 def draw_layers(model, optimizer, step, settings, trained):
@@ -779,43 +791,6 @@ def draw_layers(model, optimizer, step, settings, trained):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-def count_batches(data, setup, n):
-    """The batches of an evaluation: n, or as many whole ones as `data` has; n = 0: all."""
-    available = max(1, len(data) // setup.settings.batch_size)
-    return min(n or available, available)
-
-
-@torch.no_grad()
-def evaluate(model, data, setup, n):
-    """Mean loss in nats over the tokens with a target of n batches of `data` (count_batches), the same at each call.
-    The processes share the batches."""
-    model.eval()
-    processes, batch_size = setup.processes, setup.settings.batch_size
-    n, total, count = count_batches(data, setup, n), 0, 0
-    for i in range(processes.rank, n + -n % processes.size, processes.size):
-        # Beyond the last batch it counts for nothing: sharded models need all processes in every pass.
-        x, y, n_targets = get_batch(data, min(i, n - 1) * batch_size, batch_size, setup.device)
-        with setup.autocast():
-            total += model(x, y)[1].double() * (n_targets * (i < n))
-        count += n_targets * (i < n)
-    model.train()
-    total, count = processes.sum(total.item(), count)
-    return total / max(count, 1)
-
-
-def expected_seconds(setup, step, eval_seconds, n_batches):
-    """How long the rest of a run will take, from an evaluation of n_batches: a micro-step takes about three forward
-    passes, since the backward pass is two products for each of the forward pass."""
-    settings, n_passes = setup.settings, math.ceil(n_batches / setup.processes.size)
-    steps = settings.max_iters - step
-    micro_steps = steps * settings.gradient_accumulation_steps / setup.processes.size
-    return 3 * micro_steps * eval_seconds / n_passes + eval_seconds * math.ceil(steps / settings.eval_interval)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What a person sees
 
 
@@ -823,17 +798,25 @@ class Times:
     """Seconds spent on each kind of work: `with times("steps"): ...`."""
 
     def __init__(self):
-        self.started, self.spent = time.monotonic(), Counter()
+        self.started, self.spent, self.count = time.monotonic(), Counter(), Counter()
+        self.before = 0, 0.0  # steps and their seconds at the last line of the log
 
     @contextmanager
     def __call__(self, name):
         begin = time.monotonic()
         yield
         self.spent[name] += time.monotonic() - begin
+        self.count[name] += 1
 
-    def training(self):
-        """Seconds since the start without evaluations and checkpoints."""
-        return time.monotonic() - self.started - self.spent["evaluation"] - self.spent["checkpoints"]
+    def step_seconds(self):
+        """Seconds of a step, the mean since the last call."""
+        (n, seconds), self.before = self.before, (self.count["steps"], self.spent["steps"])
+        return (self.spent["steps"] - seconds) / (self.count["steps"] - n)
+
+    def left(self, n_steps, step_seconds, settings):
+        """Seconds that so many steps will take, with their evaluations and checkpoints."""
+        evaluation = (self.spent["evaluation"] + self.spent["checkpoints"]) / max(1, self.count["evaluation"])
+        return n_steps * (step_seconds + evaluation / settings.eval_interval)
 
     def __str__(self):
         total = time.monotonic() - self.started
@@ -842,36 +825,38 @@ class Times:
         return f"{clock(total)} ({shares})"
 
 
+def print_first_step(step, times, setup):
+    """How long the first step took if it held the compilation, else how long all of them will take."""
+    seconds = times.spent["steps"]
+    if setup.use_compile:
+        print(f"the first step took {clock(seconds)}, with compilation")
+    else:
+        left = times.left(setup.settings.max_iters - step, seconds, setup.settings)
+        print(f"about {clock(time.monotonic() - times.started + left)} in all")
+
+
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
 
 
-class RateMeter:
-    """Tokens per second between two lines of the log, and the share of the device's peak that this is."""
-
-    def __init__(self, model, setup, step):
-        self.model, self.setup, self.first, self.step, self.seconds = model, setup, step, step, 0.0
-        name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
-        known = [peak for part, peak in PEAK_TFLOPS.items() if part in name]
-        self.peak = 1e12 * setup.processes.size * (setup.settings.peak_tflops or (known[0] if known else 0))
-
-    def read(self, record, times):
-        """Prints the line of a record {"step", "loss", "lr", "grad_norm"}; the rate as fields of the log."""
-        settings, step, seconds = self.setup.settings, record["step"], times.training()
-        tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
-        rate = (step - self.step) * tokens / max(seconds - self.seconds, 1e-9)
-        self.step, self.seconds = step, seconds
-        speed = {"tokens_per_s": round(rate, 1)}
-        reached = f"{self.model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
-        if self.peak:
-            speed["mfu"] = self.model.mfu(rate, self.peak)
-            reached = f"MFU {speed['mfu']:.1%}"
-        left = (time.monotonic() - times.started) / (step - self.first) * (settings.max_iters - step)
-        print(
-            f"step {step:5d}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, "
-            f"gradient norm {record['grad_norm']:.3f}, {rate:,.0f} tokens/s, {reached}, {clock(left)} left"
-        )
-        return speed
+def print_step(record, model, times, setup):
+    """Prints the line of a step from its record for the log. What the record has besides: the speed since the last line
+    (tokens per second, and the share of the device's peak that this is where that is known), and {name_loss: number} of
+    what training adds to the cross-entropy, of this process's last micro-batch."""
+    settings, step, seconds = setup.settings, record["step"], times.step_seconds()
+    rate = settings.tokens_per_step / max(seconds, 1e-9)
+    more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
+    name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
+    peak = settings.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    if peak:
+        more["mfu"] = model.mfu(rate, 1e12 * peak * setup.processes.size)
+        reached = f"MFU {more['mfu']:.1%}"
+    left = times.left(settings.max_iters - step, seconds, settings)
+    print(
+        f"step {step:5d}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, gradient norm {record['grad_norm']:.3f}, "
+        f"{rate:,.0f} tokens/s, {reached}, {clock(left)} left"
+    )
+    return more | {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
 
 
 def clock(seconds):
@@ -907,39 +892,39 @@ def stream_report(model, x, y, autocast):
     layers' states (Peri-LN Figure 11).
     """
     names = "variance", "magnitude", "largest", "kurtosis", "attn_variance", "mlp_variance"
-    report, top = {name: [] for name in names}, []
+    report, top, hooks = {name: [] for name in names}, [], []
 
     def variance(x):
-        return x.float().var(-1, correction=0).mean().item()
+        return x.detach().float().var(-1, correction=0).mean().item()
 
-    def note_state(_, __, x):
-        x = x.float().flatten(0, 1)
-        centered = x - x.mean(0)
-        size, m2, m4 = x.abs(), centered.square().mean(0), centered.pow(4).mean(0)
+    def see_state(block, inputs, x):
+        if block is model.blocks[0]:
+            report["embed_variance"] = variance(inputs[0])
+        x = x.detach().float().flatten(0, 1)
+        centered, size = x - x.mean(0), x.abs()
+        m2, m4 = centered.square().mean(0), centered.pow(4).mean(0)
         report["variance"].append(variance(x))
         report["magnitude"].append(size.mean().item())
         report["largest"].append(size.max().item())
         report["kurtosis"].append((m4 / m2.square().clamp(min=1e-30)).mean().item())
         top.extend(size.flatten().topk(min(100, size.numel())).values.tolist())
 
-    hooks = []
+    def see_branch(name, module, inputs, h):
+        report[f"{name}_variance"].append(variance(h))
+
     for block in model.blocks:
-        hooks.append(block.register_forward_hook(note_state))
+        hooks.append(block.register_forward_hook(see_state))
         for name in ("attn", "mlp"):
-            branch_out = getattr(block, f"{name}_residual").branch_out
-            note_branch = lambda _, __, h, key=f"{name}_variance": report[key].append(variance(h))
-            hooks.append(branch_out.register_forward_hook(note_branch))
-    note_embedding = lambda _, inputs: report.update(embed_variance=variance(inputs[0]))
-    hooks.append(model.blocks[0].register_forward_pre_hook(note_embedding))
+            residual = getattr(block, f"{name}_residual")
+            hooks.append(residual.branch_out.register_forward_hook(partial(see_branch, name)))
     model.eval()
-    with torch.no_grad(), autocast():  # apart from the backward pass, in which recomputed blocks run again
-        model(x)
-    for hook in hooks:
-        hook.remove()
-    report["top"] = sorted(top, reverse=True)[:100]
     with autocast():
-        model(x, y)[1].backward()
+        loss = model(x, y)[1]
+    for hook in hooks:
+        hook.remove()  # before the backward pass, in which recomputed blocks run again
+    loss.backward()
     model.train()
+    report["top"] = sorted(top, reverse=True)[:100]
     report["grad_norms"], report["grad_variance"] = gradient_norms(model), []
     for block, norm in zip(model.blocks, report["grad_norms"]):
         grads = [p.grad for p in block.parameters() if p.grad is not None]
@@ -979,27 +964,20 @@ class RunFolder:
     """settings.out_dir. The log of a new run is log.partial until its first checkpoint is saved, so that until then
     what was there is whole. The process of rank 0 writes."""
 
-    def __init__(self, resumed, setup):
-        self.setup, self.path = setup, Path(setup.settings.out_dir)
-        self.log_path, self.log_file, self.is_evaluated = self.path / "log.jsonl", None, False
+    def __init__(self, resumed, changes, setup):
+        """Opens the log: that of a run that is `resumed`, a checkpoint, is kept up to it, with a line of `changes`."""
+        self.setup, self.path, self.log_file, self.loggers = setup, Path(setup.settings.out_dir), None, []
         self.saved_step = resumed["step"] if resumed else None
-        self.held_a_run = (self.path / "ckpt.pt").exists()
         if setup.processes.sum(self.saved_step or 0)[0] != (self.saved_step or 0) * setup.processes.size:
             raise UserError(f"the processes see different checkpoints: {self.path} must be one folder for all of them")
-        self.loggers = open_loggers(setup.settings) if setup.processes.rank == 0 else []
-
-    def begin_log(self, resumed, changes):
-        """Opens the log: that of a run that is continued is kept up to its checkpoint, with a line of the changes."""
-        partial = self.log_path.with_suffix(".partial")
-        if self.setup.processes.rank == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+        if setup.processes.rank == 0:
+            self.loggers = open_loggers(setup.settings)
+            self.log_path, self.partial_log = self.path / "log.jsonl", self.path / "log.partial"
             kept = [r for r in (read_log(self.log_path) if resumed else []) if r["step"] <= self.saved_step]
-            self.is_evaluated = any(r["step"] == self.saved_step and "val_loss" in r for r in kept)
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            self.log_file = open(partial, "a", buffering=1)
+            self.partial_log.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            self.log_file = open(self.partial_log, "a", buffering=1)
             if resumed:
-                partial.replace(self.log_path)
-        self.is_evaluated = self.setup.processes.sum(self.is_evaluated)[0] > 0
+                self.partial_log.replace(self.log_path)
         if resumed and changes:
             for name, (before, now) in changes.items():
                 print(f"{name}: {before} before, {now} now")
@@ -1014,10 +992,10 @@ class RunFolder:
 
     def save(self, model, optimizer, data, step, **more):
         """Writes ckpt.pt, with `more` fields; all processes take part."""
-        rank, settings = self.setup.processes.rank, self.setup.settings
+        is_main, settings = self.setup.processes.rank == 0, self.setup.settings
         state = {
-            "model": portable(model.state_dict(), rank),
-            "optimizer": portable(optimizer.state_dict(), rank),
+            "model": whole(model.state_dict(), keep=is_main),
+            "optimizer": whole(optimizer.state_dict(), keep=is_main),
             "config": asdict(data.config),
             "step": step,
             "settings": asdict(settings),
@@ -1025,11 +1003,11 @@ class RunFolder:
             "shards": {path.name: size for path, size in data.sizes.items()},
             **more,
         }
-        if rank == 0:
-            if (partial := self.log_path.with_suffix(".partial")).exists():
+        if is_main:
+            if self.partial_log.exists():
                 if self.log_path.exists():
                     self.log_path.replace(self.path / "log_previous.jsonl")
-                partial.replace(self.log_path)
+                self.partial_log.replace(self.log_path)
             save_checkpoint(self.path / "ckpt.pt", state)
             if is_kept(step, settings):
                 give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
@@ -1043,7 +1021,8 @@ class RunFolder:
         self.log({"step": step, "diverged": f"{what}; {where}"})
         safe = f"{self.path}/ckpt.pt is from step {self.saved_step}"
         if self.saved_step is None:
-            safe = "nothing was saved yet" + ", the run that was there is untouched" * self.held_a_run
+            has_run = (self.path / "ckpt.pt").exists()
+            safe = "nothing was saved yet" + ", the run that was there is untouched" * has_run
         raise UserError(f"{what}; {where}; {safe}, a lower learning_rate may help")
 
 
@@ -1055,19 +1034,6 @@ def check_out_dir(settings):
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
     if any(out_dir.glob("*/ckpt.pt")):
         raise UserError(f"{out_dir} holds the runs of a sweep: name another folder with --out_dir")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"out_dir {out_dir} is not a folder")
-
-
-@contextmanager
-def alone_in_folder(out_dir, processes):
-    """Keeps other jobs from training in out_dir, which is made if it is missing."""
-    if processes.rank:
-        yield
-        return
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    with prepare_data.locked(out_dir, f"training in {out_dir}"):
-        yield
 
 
 def is_kept(step, settings):
@@ -1095,56 +1061,23 @@ def give_second_name(path, name):
         shutil.copyfile(path, name)
 
 
-def portable(tree, rank):
-    """Nested dicts and lists with every sharded tensor whole and on the CPU: one form, however many processes trained.
-
-    All processes take part; only that of rank 0 keeps the tensors."""
-    if isinstance(tree, dict):
-        return {key: portable(value, rank) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [portable(value, rank) for value in tree]
-    if is_sharded(tree):
-        tensor = tree.full_tensor()
-        return tensor.cpu() if rank == 0 else None
-    return tree
-
-
-def is_sharded(tensor):
-    """Whether it is a DTensor (their import takes a second: it is for those who shard)."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor):
-    """A sharded tensor in one piece; any other as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def placed_as(like, value):
-    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
-    if is_sharded(like):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value
-
-
 def open_loggers(settings):
     """Functions of (step, {name: number}) for the services that the settings ask for."""
-    loggers = []
-    if settings.wandb:
-        try:
+    loggers, package = [], "wandb"
+    try:
+        if settings.wandb:
             import wandb
-        except ImportError:
-            raise UserError("--wandb needs the package wandb: pip install wandb") from None
-        board = wandb.init(project="nanoNorm", name=Path(settings.out_dir).name, config=asdict(settings))
-        loggers.append(lambda step, numbers: board.log(numbers, step=step))
-    if settings.tensorboard:
-        try:
+
+            board = wandb.init(project="nanoNorm", name=Path(settings.out_dir).name, config=asdict(settings))
+            loggers.append(lambda step, numbers: board.log(numbers, step=step))
+        package = "tensorboard"
+        if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        writer = SummaryWriter(settings.out_dir)
-        loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
+
+            writer = SummaryWriter(settings.out_dir)
+            loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
+    except ImportError:
+        raise UserError(f"--{package} needs the package {package}: pip install {package}") from None
     return loggers
 
 
@@ -1173,59 +1106,52 @@ def first_non_finite(model, batches, autocast):
     """
     places = []
 
-    def check(tensor, where):
-        local = tensor.to_local() if is_sharded(tensor) else tensor
-        if not local.isfinite().all():
+    def check(where, tensor):
+        if not whole(tensor.detach()).isfinite().all():
             places.append(where)
 
-    def watch(name):
-        def see(module, args, out):
-            if isinstance(out, torch.Tensor):
-                check(out.detach(), f"the output of {name}")
-                if out.requires_grad:
-                    out.register_hook(lambda grad: check(grad, f"the gradient of the output of {name}"))
-
-        return see
+    def see(name, module, args, out):
+        if isinstance(out, torch.Tensor):
+            check(f"the output of {name}", out)
+            if out.requires_grad:
+                out.register_hook(partial(check, f"the gradient of the output of {name}"))
 
     for name, p in model.named_parameters():
-        check(p.detach(), f"the parameter {name}")
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+        check(f"the parameter {name}", p)
+    hooks = [module.register_forward_hook(partial(see, name)) for name, module in model.named_modules() if name]
     for x, y, _ in batches:
         with autocast():
             loss = model(x, y)[1]
-        check(loss.detach(), "the loss")
+        check("the loss", loss)
         loss.backward()
         for name, p in reversed(list(model.named_parameters())):
             if p.grad is not None:
-                check(p.grad, f"the gradient of {name}")
+                check(f"the gradient of {name}", p.grad)
         model.zero_grad(set_to_none=True)
-    for handle in handles:
-        handle.remove()
+    for hook in hooks:
+        hook.remove()
     return places[0] if places else None
 
 
 class StopRequest:
-    """SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a second one ends the
-    process at once. Both hold from `listen` to the end of the context. A run of a sweep also stops when the sweep has
-    ended without it."""
+    """While it listens, SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a
+    second one ends the process at once. A run of a sweep also stops when the sweep has ended without it."""
 
     def __init__(self, is_main):
-        self.is_main, self.number, self.before = is_main, 0, {}
-        self.sweep = int(os.environ.get(SWEEP, 0))
+        self.is_main, self.number, self.sweep = is_main, 0, int(os.environ.get(SWEEP, 0))
 
     def is_asked(self):
         return self.number > 0 or self.sweep not in (0, os.getppid())
 
+    @contextmanager
     def listen(self, checkpoint):
         self.checkpoint = checkpoint
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def receive(self, number, frame):
         # os.write, since a signal may arrive in the middle of a print
@@ -1236,14 +1162,11 @@ class StopRequest:
         if self.is_main:
             os.write(2, f"{signal.Signals(number).name}: ends after this step; once more ends at once\n".encode())
 
-
-def end_by_signal(stop, step, folder):
-    number = stop.number or signal.SIGTERM  # it may have come to another process
-    print(
-        f"{signal.Signals(number).name}: stopped at step {step}, {folder.path}/ckpt.pt is of step {folder.saved_step}; "
-        f"continue with --init_from=resume --out_dir={folder.path}"
-    )
-    sys.exit(128 + number)
+    def end(self, what):
+        """Says what was stopped, and ends the process as by the signal."""
+        number = self.number or signal.SIGTERM  # it may have come to another process
+        print(f"{signal.Signals(number).name}: {what}")
+        sys.exit(128 + number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1329,64 +1252,52 @@ def errors_told_once(processes):
 def plan(settings):
     """What a run would be, as text: the model's size, its tokens, steps and FLOPs, and the memory of each GPU, from a
     model on the meta device. Only epochs need the data, to count them."""
-    known = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
-    known["vocab_size"] = settings.vocab_size or prepare_data.byte_encoding().n_vocab
-    resolve_epochs(settings)
+    check_sharing(settings, settings.gpus, "GPUs")
+    if settings.max_iters is None:
+        data = TokenData(find_data(settings, Processes()), "train", settings.block_size, 2**31, rows=settings.rows)
+        settings.max_iters = count_steps(settings, len(data))
     with torch.device("meta"):
-        model = GPT(GPTConfig(**known))
-    count, G = model.count_params(), 1e9
-    if settings.gradient_accumulation_steps % settings.gpus:
-        raise UserError(f"{cannot_share(settings, settings.gpus)} GPUs")
-    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
-    tokens = tokens_per_step * settings.max_iters
+        model = GPT(settings.architecture(settings.vocab_size or prepare_data.byte_encoding().n_vocab))
+    count, G, tokens = model.count_params(), 1e9, settings.tokens_per_step * settings.max_iters
     one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
     # The weight, its gradient and AdamW's two moments, in float32 unless weights are bfloat16.
     state = (8 if settings.dtype == "bfloat16_pure" else 16) * count["total"] / (settings.gpus if settings.shard else 1)
-    activations = activation_bytes(model, settings)
-    return "\n".join(
-        [
-            f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters",
-            f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, "
-            f"{count['non_embedding']:,} with none",
-            f"  {settings.max_iters:,} steps of {tokens_per_step:,} tokens: {tokens / G:.3g}G tokens",
-            f"  {model.flops_per_token() / G:.3g} GFLOP a token, {model.flops_per_token() * tokens:.3g} FLOP in all",
-            f"  on each of {settings.gpus} GPUs: {tokens_per_step // settings.gpus:,} tokens a step, and in memory "
-            f"{state / G:.3g} GB of weights, gradients and moments ({'sharded' if settings.shard else 'whole'}) + "
-            f"{activations / G:.3g} GB of activations ({settings.batch_size} sequences, "
-            f"{'blocks recomputed' if settings.recompute else 'all kept'})",
-        ]
+    flops, activations = model.flops_per_token(), activation_bytes(model, settings)
+    return (
+        f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters\n"
+        f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, {count['non_embedding']:,} with none\n"
+        f"  {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens: {tokens / G:.3g}G tokens\n"
+        f"  {flops / G:.3g} GFLOP a token, {flops * tokens:.3g} FLOP in all\n"
+        f"  on each of {settings.gpus} GPUs: {settings.tokens_per_step // settings.gpus:,} tokens a step, and in memory "
+        f"{state / G:.3g} GB of weights, gradients and moments ({'sharded' if settings.shard else 'whole'}) + "
+        f"{activations / G:.3g} GB of activations ({settings.batch_size} sequences, "
+        f"{'blocks recomputed' if settings.recompute else 'all kept'})"
     )
-
-
-def cannot_share(settings, size):
-    """The beginning of an error: what `size` (of GPUs, of processes) does not divide."""
-    return f"gradient_accumulation_steps {settings.gradient_accumulation_steps} cannot be shared by {size}"
 
 
 def activation_bytes(model, settings):
     """What autograd keeps of one micro-step in bfloat16 autocast, its 16-bit copies of the weights included, and the
     gradient of the logits: the peak as far as it can be told without a run. From tensors without memory."""
-    in_blocks, outside, current_block = {}, {}, []  # bytes by storage, twice; the block that computes, or none
+    kept = {}  # bytes by storage
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if not isinstance(tensor, nn.Parameter):
-            (in_blocks if current_block else outside)[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda block, _: current_block.append(block))
-        block.register_forward_hook(lambda *_: current_block.clear())
+    blocks, inputs = model.blocks, 0
+    if settings.recompute:  # every block's input in float32, and what one block keeps
+        model.blocks = blocks[-1:]
+        inputs = 4 * settings.n_layer * settings.batch_size * settings.block_size * settings.n_embd
     with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
         params = {name: nn.Parameter(torch.empty(p.shape)) for name, p in model.named_parameters()}
         idx = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16):
                 logits, loss = torch.func.functional_call(model, params, (idx, idx))
-    block_bytes = sum(in_blocks.values())
-    if settings.recompute:  # every block's input in float32, and one block at a time
-        block_bytes = block_bytes / settings.n_layer + 4 * settings.n_layer * idx.numel() * settings.n_embd
-    return block_bytes + sum(outside.values()) + 4 * logits.numel()
+    model.blocks = blocks
+    return sum(kept.values()) + inputs + 4 * logits.numel()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1411,29 +1322,24 @@ class Trial:
     folder: Path
     given: dict  # settings, as train.py takes them
     settings: Settings
-    is_resumed: bool = False
-    first_step: int = 0  # where it goes on
+    flops: float  # of a step, which tell the time that it takes
     step: int = 0
     loss: float | None = None  # the last on the held-out set
     outcome: str = ""  # "finished", "diverged: why" or "failed: why"; empty as long as it is not trained
-    flops: float = 0.0  # of a step, which tell the time that it takes
-    process: subprocess.Popen | None = None
-    started: float = 0.0  # time.time()
-    place: str = ""  # the GPU; empty for a core
+    started: float = 0.0  # time.time() at the start of its process
 
     def read_log(self):
         """Notes what it has logged, since its process started if there is one: step, loss, and that it diverged."""
-        try:  # the log of a new run is log.partial at first
-            paths = [path for path in (self.folder / "log.partial", self.folder / "log.jsonl") if path.exists()]
-            newest = max(paths, key=os.path.getmtime, default=None)
-            is_its = newest and os.path.getmtime(newest) >= self.started
-            records = read_log(newest) if is_its else []
-        except (FileNotFoundError, UserError):  # renamed just now, or damaged: then the run itself says so
+        log = self.folder / "log.partial"  # of a new run until its first checkpoint
+        try:
+            log = log if log.exists() else self.folder / "log.jsonl"
+            records = read_log(log) if os.path.getmtime(log) >= self.started else []
+        except (FileNotFoundError, UserError):  # none yet, renamed just now, or damaged: then the run itself says so
             return
         for record in records:
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)
-        if records and "diverged" in records[-1]:
-            self.outcome = f"diverged: {records[-1]['diverged']}"
+            if "diverged" in record:
+                self.outcome = f"diverged: {record['diverged']}"
 
 
 def is_sweep(given):
@@ -1463,7 +1369,7 @@ def sweep(given, processes, stop):
             raise UserError(f"{name} is for one run: it does not go with a list of values ({names})")
     if given.get("init_from") == "resume":
         raise UserError("a sweep goes on where it was interrupted by the same command: leave out init_from=resume")
-    folder, trials, known_flops = Path(given.get("out_dir") or "out-sweep"), [], {}
+    folder, trials = Path(given.get("out_dir") or "out-sweep"), []
     if (folder / "ckpt.pt").exists():
         raise UserError(f"{folder} holds a run of its own: name another folder for the sweep with --out_dir")
     for values in itertools.product(*lists.values()):
@@ -1472,20 +1378,16 @@ def sweep(given, processes, stop):
         if any(trial.name == name for trial in trials):
             raise UserError(f"the lists give {name} twice")
         try:
-            trial = build_trial(name, folder / name, {**given, **combination, "out_dir": str(folder / name)})
-            if not trial.outcome:
-                check_trial(trial, known_flops)
+            trials.append(build_trial(name, folder / name, {**given, **combination, "out_dir": str(folder / name)}))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        trials.append(trial)
 
     folder.mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(folder, f"training the runs in {folder}"):
         train_trials(trials, folder, stop)
     print_table(trials)
     if stop.number:
-        print(f"{signal.Signals(stop.number).name}: stopped; the same command goes on from here")
-        sys.exit(128 + stop.number)
+        stop.end("stopped; the same command goes on from here")
     print(f"compare them with: python analyze.py {folder}")
     n_failed = sum(trial.outcome.startswith("failed") for trial in trials)
     if n_failed:
@@ -1494,51 +1396,36 @@ def sweep(given, processes, stop):
 
 
 def build_trial(name, folder, given):
-    """The Trial of a combination as its folder holds it. UserError if the run there has other settings, or is being
-    trained."""
-    trial = Trial(name, folder, given, build_settings(Settings, {**settings_of_run(given)[0], **given}))
-    resolve_epochs(trial.settings)
-    if trial.settings.overwrite or not folder.is_dir():
+    """The Trial of a combination as its folder holds it. UserError for what would end its run at the start, and if the
+    run that is there has other settings or is being trained."""
+    base_config, base = settings_of_run(given)  # of the run that is fine-tuned
+    settings = build_settings(Settings, {**base_config, **given})
+    if settings.shard:
+        raise UserError("shard needs torchrun, which does not go with a list of values")
+    if not takes_any_gpu(settings):
+        usable_device(settings.device)
+    setup = Setup(settings, Processes(), torch.device("meta"), "float32")
+    with torch.device("meta"):
+        model = build_model(open_data(base, setup).config, None, setup)
+    set_gates(model, settings, is_new=True)
+    trial = Trial(name, folder, given, settings, model.flops_per_token() * settings.tokens_per_step)
+    if settings.overwrite or not folder.is_dir():
         return trial
+
     with prepare_data.locked(folder, f"training in {folder}"):
         trial.read_log()
         if not (folder / "ckpt.pt").exists():
             return trial
         checkpoint = open_checkpoint(folder)
     for field in fields(Settings):
-        before, now = checkpoint["settings"].get(field.name, field.default), getattr(trial.settings, field.name)
-        has_effect = field.name != "eval_iters" or trial.settings.last_eval_iters is None
+        before, now = checkpoint["settings"].get(field.name, field.default), getattr(settings, field.name)
+        has_effect = field.name != "eval_iters" or settings.last_eval_iters is None
         if before != now and has_effect and field.name not in MAY_DIFFER:
             raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
     if not trial.outcome:
-        trial.is_resumed, trial.loss = True, checkpoint.get("val_loss")
-        trial.step = trial.first_step = checkpoint["step"]
-        trial.outcome = "finished" if trial.step >= trial.settings.max_iters else ""
+        trial.step, trial.loss = checkpoint["step"], checkpoint["val_loss"]
+        trial.outcome = "finished" if trial.step >= settings.max_iters else ""
     return trial
-
-
-def check_trial(trial, known_flops):
-    """UserError for what would end a run at its start. Sets its FLOPs; known_flops keeps them for runs of one model."""
-    now = {**trial.given, **({"init_from": "resume"} if trial.is_resumed else {"overwrite": True})}
-    of_run, checkpoint = settings_of_run(now)
-    settings = build_settings(Settings, {**of_run, **now})
-    if settings.shard:
-        raise UserError("shard needs torchrun, which does not go with a list of values")
-    if not takes_any_gpu(settings):
-        try:
-            find_device(settings.device)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    setup = Setup(settings, Processes(), torch.device("meta"), "float32")
-    data = open_data(checkpoint, setup)
-    key = str([data.config, settings.gates, settings.freeze_gates])
-    if key not in known_flops:
-        with torch.device("meta"):
-            model = build_model(data.config, None, setup)
-        set_gates(model, settings, is_new=not trial.is_resumed)
-        known_flops[key] = model.flops_per_token()
-    tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
-    trial.flops = known_flops[key] * tokens
 
 
 def takes_any_gpu(settings):
@@ -1548,82 +1435,87 @@ def takes_any_gpu(settings):
 
 def train_trials(trials, folder, stop):
     """Trains the runs without an outcome, as many at a time as there are GPUs or cores, and gives them one."""
-    waiting, training, begin = [trial for trial in trials if not trial.outcome], [], time.monotonic()
-    places = [""] * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    waiting, places = [trial for trial in trials if not trial.outcome], queue.SimpleQueue()
+    names = [""] * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if waiting and all(takes_any_gpu(trial.settings) for trial in waiting):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        places = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if jobs := trials[0].settings.jobs:
-        places = [places[i % len(places)] for i in range(jobs)]
-    stop.listen(f"{folder}/*/ckpt.pt")
-    is_told, shown, due = False, None, 0.0
-    while training or (waiting and not stop.number):
-        for trial in list(training):
-            if trial.process.poll() is not None:
-                end_process(trial, stop)
-                training.remove(trial)
-                places.append(trial.place)
-        while waiting and places and not stop.number:
-            trial = waiting.pop(0)
-            try:
-                start_process(trial, places[0])
-                trial.place = places.pop(0)
-                training.append(trial)
-            except OSError as error:
-                trial.outcome = f"failed: {error.filename}: {error.strerror}"
-        if stop.number and not is_told:
-            is_told = True
-            for trial in training:
-                trial.process.terminate()  # it saves and ends
-        if shown != (len(waiting), len(training)) or (sys.stderr.isatty() and time.monotonic() > due):
-            show_progress(trials, training, time.monotonic() - begin)
-            shown, due = (len(waiting), len(training)), time.monotonic() + 2
-        time.sleep(0.1)
+        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    n_places = trials[0].settings.jobs or len(names)
+    for i in range(n_places):
+        places.put(names[i % len(names)])
+    begin, share_before = time.monotonic(), share_done(trials)
+    with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_places) as pool:
+        running = {pool.submit(run_trial, trial, places, stop) for trial in waiting}
+        while running:
+            ended, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+            for future in ended:
+                future.result()
+            if ended or sys.stderr.isatty():
+                text = progress_line(trials, time.monotonic() - begin, share_before)
+                end = "\r" if running and sys.stderr.isatty() else "\n"
+                print(text, end=end, file=sys.stderr, flush=True)
 
 
-def start_process(trial, place):
-    """The run's process, in a session of its own, so that Ctrl-C in the terminal reaches the sweep alone."""
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
-    config = trial.folder / "settings.py"
-    config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
-    command = [sys.executable, __file__, config, "--init_from=resume" if trial.is_resumed else "--overwrite"]
-    environment = {**os.environ, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": place} if place else {"OMP_NUM_THREADS": "1"}
-    trial.started = time.time()
-    with open(trial.folder / "train.log", "ab") as log:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        trial.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-
-
-def end_process(trial, stop):
-    """Sets the outcome of a run whose process has ended; none if the sweep stopped it."""
-    trial.read_log()
-    code = trial.process.returncode
-    if code == 0:
-        trial.outcome = "finished"
-    elif not trial.outcome and not (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
-        lines = (trial.folder / "train.log").read_text(errors="replace").split("\n")
-        said = [line.removeprefix("error: ") for line in lines if line.strip()]
-        killed = f"killed by {signal.Signals(-code).name}" if code < 0 else None
-        trial.outcome = f"failed: {killed or (said or ['it said nothing'])[-1]}"
+def run_trial(trial, places, stop):
+    """Trains a run at a free place, the number of a GPU or "" for a core; prints why it failed or diverged."""
+    place = places.get()
+    try:
+        if not stop.number:
+            trial.outcome = run_process(trial, place, stop)
+    except OSError as error:
+        trial.outcome = f"failed: {error.filename}: {error.strerror}"
+    places.put(place)
     if trial.outcome not in ("", "finished"):
         print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
 
 
-def show_progress(trials, training, seconds):
-    """On standard error how far the runs are, and how long the rest takes, as the last `seconds` went."""
-    for trial in training:
-        trial.read_log()
-    count = Counter(trial.outcome.partition(":")[0] for trial in trials)
-    parts = [f"{count[outcome]} {outcome}" for outcome in ("finished", "diverged", "failed") if count[outcome]]
-    shares = [1 if trial.outcome else trial.step / max(1, trial.settings.max_iters) for trial in trials]
-    done = sum(trial.flops * (trial.step - trial.first_step) for trial in trials)
-    rest = sum(trial.flops * (trial.settings.max_iters - trial.step) for trial in trials if not trial.outcome)
-    left = [f"about {clock(seconds * rest / done)} left"] if done and rest else []
-    text = ", ".join([*parts, f"{len(training)} training", f"{sum(shares) / len(trials):.0%}", *left])
-    end = "\r" if sys.stderr.isatty() and training else "\n"
-    print(f"{len(trials)} runs: {text}".ljust(100 if end == "\r" else 0), file=sys.stderr, flush=True, end=end)
+def run_process(trial, place, stop):
+    """The outcome of the run's process; "" if the sweep is stopped, which asks it to save and end. It has a session of
+    its own, so that Ctrl-C in the terminal reaches the sweep alone."""
+    is_resumed = (trial.folder / "ckpt.pt").exists() and not trial.settings.overwrite
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    config, log = trial.folder / "settings.py", trial.folder / "train.log"
+    given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
+    config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
+    command = [sys.executable, __file__, config, "--init_from=resume" if is_resumed else "--overwrite"]
+    environment = {**os.environ, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": place} if place else {"OMP_NUM_THREADS": "1"}
+    trial.started = time.time()
+    with open(log, "ab") as file:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    while process.poll() is None and not stop.number:
+        time.sleep(0.1)
+    process.terminate()  # does nothing if it has ended
+    code = process.wait()
+    trial.read_log()
+    if code == 0:
+        return "finished"
+    if trial.outcome or (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
+        return trial.outcome
+    if code < 0:
+        return f"failed: killed by {signal.Signals(-code).name}"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
+    return f"failed: {lines[-1].removeprefix('error: ')}"
+
+
+def share_done(trials):
+    """The share of the sweep's FLOPs that are spent; a run that has ended counts as whole."""
+    steps = [trial.settings.max_iters if trial.outcome else trial.step for trial in trials]
+    total = sum(trial.flops * trial.settings.max_iters for trial in trials)
+    return sum(trial.flops * step for trial, step in zip(trials, steps)) / max(total, 1)
+
+
+def progress_line(trials, seconds, share_before):
+    """How far the runs are, as their logs say, and how long the rest takes, as the last `seconds` went."""
+    for trial in trials:
+        if trial.started and not trial.outcome:
+            trial.read_log()
+    share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)
+    text = f"{n_ended} of {len(trials)} runs have ended, {share:.0%}"
+    if share_before < share < 1:
+        text += f", about {clock(seconds * (1 - share) / (share - share_before))} left"
+    return text.ljust(100)
 
 
 def print_table(trials):

@@ -241,8 +241,7 @@ def in_a_child(act):
 
 def test_a_second_signal_ends_at_once():
     def act():
-        with train.StopRequest(is_main=False) as stop:
-            stop.listen("run")
+        with train.StopRequest(is_main=False).listen("run"):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -999,6 +998,7 @@ def test_a_wrong_setting_comes_before_the_state_of_the_folder(folder, setting, m
 
 
 def test_the_first_screen(folder):
-    """What is trained on what, how long it will take, and then the steps."""
+    """What is trained on what, the first evaluation, how long it will take, and then the steps."""
     lines = (folder / "stdout").read_text().splitlines()
-    assert lines[0].startswith("gpas_pre: 2 layers x 32") and lines[1].startswith("about ") and "step     0" in lines[2]
+    assert lines[0].startswith("gpas_pre: 2 layers x 32") and "step     0" in lines[1]
+    assert lines[2].startswith("about ") and "step     2" in lines[3]
