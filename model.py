@@ -334,7 +334,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.rope_theta, self.rope_scaling, self.qk_norm = config.rope_theta, config.rope_scaling, config.qk_norm
+        self.rotary, self.qk_norm = (config.head_dim, config.rope_theta, config.rope_scaling), config.qk_norm
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
@@ -355,23 +355,26 @@ class Attention(nn.Module):
         k = self.heads(self.k_proj(x), self.k_norm)
         v = self.heads(self.v_proj(x), self.v_norm)
 
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        positions = torch.arange(start, start + T, device=x.device, dtype=dtype)
-        cos, sin = rotary_table(positions, self.head_dim, self.rope_theta, self.rope_scaling)
+        if start == 0:
+            table = rotary_table(cache.max_len if cache else T, *self.rotary, x)
+        else:
+            table = cache.table
+        cos, sin = table[:, start : start + T]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
         if cache:
+            cache.table = table
             k, v = cache.append(k, v)
-        if start > 0:  # new token i sees the cached ones and the new ones up to itself
+        mask = None
+        if start > 0 and T > 1:  # new token i sees the cached ones and the new ones up to itself
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        gqa = self.n_kv_head < self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        is_causal, gqa = start == 0 and T > 1, self.n_kv_head < self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def heads(self, x, norm):
         """x (B, T, heads * head_dim), normalized over its full width or per head, as (B, heads, T, head_dim)."""
         x = norm(x) if self.qk_norm == "full" else x
-        x = x.unflatten(-1, (-1, self.head_dim))
+        x = x.view(*x.shape[:2], -1, self.head_dim)
         x = norm(x) if self.qk_norm == "head" else x
         return x.transpose(1, 2)
 
@@ -476,7 +479,8 @@ class GPT(nn.Module):
                 caches, new = None, idx[:, -size:]
             elif caches is None:
                 caches = [KVCache(size) for _ in self.blocks]
-            logits = self(new, caches=caches)[0][:, -1].float()
+            with torch.inference_mode():  # less work for each operation than no_grad
+                logits = self(new, caches=caches)[0][:, -1].float()
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -645,10 +649,11 @@ def initial_std(config, name, shape):
 
 
 class KVCache:
-    """Keys and values of one attention layer for the tokens so far, each (B, n_kv_head, up to max_len, head_dim)."""
+    """Keys and values of one attention layer for the tokens so far, each (B, n_kv_head, up to max_len, head_dim), and
+    the rotary table of all max_len positions."""
 
     def __init__(self, max_len):
-        self.max_len, self.length, self.k, self.v = max_len, 0, None, None
+        self.max_len, self.length, self.k, self.v, self.table = max_len, 0, None, None, None
 
     def append(self, k, v):
         """Adds the keys and values of new tokens and returns those of all tokens."""
@@ -857,20 +862,23 @@ class ScaleForwardOnly(torch.autograd.Function):
 # Rotary position embedding
 
 
-def rotary_table(positions, head_dim, theta, scaling=None):
-    """Cosine and sine of the angles m * theta^(-2i / head_dim) of the positions m (T,), each (T, head_dim / 2).
-    `scaling` is GPTConfig's rope_scaling."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=positions.dtype) / head_dim)
+def rotary_table(n, head_dim, theta, scaling, like):
+    """For `rotate`, (2, n, head_dim): cosine and, negative in the first half, sine of the angles m * theta^(-2i /
+    head_dim) at positions m = 0 .. n - 1. `scaling` is GPTConfig's rope_scaling; on the device of the tensor `like`,
+    in at least float32."""
+    options = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    frequency = theta ** -(torch.arange(0, head_dim, 2, **options) / head_dim)
     if scaling:
         frequency = ROPE_SCALINGS[scaling["rope_type"]](frequency, **scaling)
-    angle = torch.outer(positions, frequency)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(n, **options), frequency)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding in the rotate-half convention (Llama's) of x (B, heads, T, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotary position embedding in the rotate-half convention (Llama's) of x (B, heads, T, head_dim), whose halves
+    a, b become a cos - b sin, b cos + a sin."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def llama3_scaling(frequency, rope_type, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):

@@ -9,6 +9,7 @@ middle half are printed. Not a test: nothing here passes or fails.
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from model import GPT, MLP, SCHEMES, GPTConfig, MoE
 from test_model import saved_bytes
 from train import keep_freed_memory
 
-PARTS = "schemes", "gpas", "compiled", "memory", "moe", "peak", "llama", "analyze", "data"
+PARTS = "schemes", "gpas", "compiled", "memory", "moe", "peak", "llama", "generate", "analyze", "data"
 
 
 @dataclass
@@ -150,6 +151,28 @@ def compare_with_llama(c):
         print(f"  {dtype:10} {ratios(ours, theirs, c.pairs)}", flush=True)
 
 
+def compare_generation(c, n=64):
+    """Tokens per second of generate() against transformers' on the exported model, greedy, after 16 tokens."""
+    try:
+        import transformers
+
+        import interchange
+    except ImportError:
+        print("transformers is not installed: no comparison with its generate")
+        return
+    print(f"time of transformers' generate over ours, {n} tokens, float32, {c.n_layer} layers x {c.n_embd}")
+    model = build("pre", c).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        interchange.export_hf(model, folder, overwrite=True)
+        exported = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    exported.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    for batch_size in (1, 8):
+        idx = torch.randint(0, 257, (batch_size, 16))
+        theirs = {"attention_mask": torch.ones_like(idx), "min_new_tokens": n, "max_new_tokens": n, "do_sample": False}
+        pair = lambda: exported.generate(idx, **theirs), lambda: model.generate(idx, n, temperature=0)
+        print(f"  batch {batch_size:4} {ratios(*pair, c.pairs)}; the same text: {pair[0]().equal(pair[1]())}", flush=True)
+
+
 def main():
     settings = configure(Settings, "Compares the placements' speed and memory.")
     parts = settings.only.split(",")
@@ -197,6 +220,8 @@ def main():
             print(f"  {dtype:10} {peak_share(settings, dtype)}", flush=True)
     if "llama" in parts:
         compare_with_llama(c)
+    if "generate" in parts:
+        compare_generation(c)
     if "analyze" in parts:
         benchmark_analyze.report(benchmark_analyze.Settings())
     if "data" in parts:
