@@ -30,9 +30,9 @@ The file tells this story up to GPT.forward. What follows can be skipped at firs
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-import types
 import typing
 import warnings
 import zipfile
@@ -473,19 +473,18 @@ class GPT(nn.Module):
             raise ValueError("generate needs at least one token to continue")
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature {temperature} must be at least 0 and top_k {top_k} at least 1")
-        size, caches, new = self.config.block_size, None, idx
+        size, new = self.config.block_size, idx
+        caches = [KVCache(size) for _ in self.blocks]
         for _ in range(n):
             if idx.shape[1] > size:
                 caches, new = None, idx[:, -size:]
-            elif caches is None:
-                caches = [KVCache(size) for _ in self.blocks]
             with torch.inference_mode():  # less work for each operation than no_grad
                 logits = self(new, caches=caches)[0][:, -1].float()
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
-                logits = logits - logits.amax(-1, keepdim=True)  # at most 0: no overflow at a low temperature
-                logits = logits / max(temperature, 1e-30)
+                # The largest becomes 0, so that a low temperature makes nothing overflow.
+                logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
@@ -524,9 +523,9 @@ class GPT(nn.Module):
 
     def count_params(self):
         """Parameters: `total`, `active` (those that one token meets) and `non_embedding` (without table and head)."""
-        total, (E, k) = sum(p.numel() for p in self.parameters()), (self.config.n_expert, self.config.n_expert_active)
-        experts = [p for m in self.modules() if isinstance(m, Experts) for p in m.parameters()]
-        idle = sum(p.numel() // E * (E - k) for p in experts)
+        E, k = self.config.n_expert, self.config.n_expert_active
+        total = sum(p.numel() for p in self.parameters())
+        idle = sum(p.numel() // E * (E - k) for name, p in self.named_parameters() if ".experts." in name)
         vocab = sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})  # one if they are tied
         return {"total": total, "active": total - idle, "non_embedding": total - vocab}
 
@@ -620,7 +619,6 @@ def to_matmul_dtype(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Initialization
 
-
 INITS = "normal", "scaled", "depth", "olmo", "xavier", "deepnorm"
 
 
@@ -642,29 +640,6 @@ def initial_std(config, name, shape):
         "xavier": xavier,  # Xavier-normal, Peri-LN section 6.2
         "deepnorm": xavier if matrix in ("q_proj", "k_proj") else xavier * (8 * c.n_layer) ** -0.25,
     }[c.init]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys and values of a generation
-
-
-class KVCache:
-    """Keys and values of one attention layer for the tokens so far, each (B, n_kv_head, up to max_len, head_dim), and
-    the rotary table of all max_len positions."""
-
-    def __init__(self, max_len):
-        self.max_len, self.length, self.k, self.v, self.table = max_len, 0, None, None, None
-
-    def append(self, k, v):
-        """Adds the keys and values of new tokens and returns those of all tokens."""
-        if self.k is None:
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -859,7 +834,7 @@ class ScaleForwardOnly(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotary position embedding
+# What attention needs: the rotary embedding, keys and values of a generation
 
 
 def rotary_table(n, head_dim, theta, scaling, like):
@@ -891,6 +866,25 @@ def llama3_scaling(frequency, rope_type, factor, low_freq_factor, high_freq_fact
 
 # What becomes of the rotary frequencies (head_dim / 2,). The other arguments are the entries of a rope_scaling.
 ROPE_SCALINGS = {"linear": lambda frequency, rope_type, factor: frequency / factor, "llama3": llama3_scaling}
+
+
+class KVCache:
+    """Keys and values of one attention layer for the tokens so far, each (B, n_kv_head, up to max_len, head_dim), and
+    the rotary table of all max_len positions."""
+
+    def __init__(self, max_len):
+        self.max_len, self.length, self.k, self.v, self.table = max_len, 0, None, None, None
+
+    def append(self, k, v):
+        """Adds the keys and values of new tokens and returns those of all tokens."""
+        if self.k is None:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -934,13 +928,14 @@ def check(config):
     # A setting that nothing reads, but that is not at its default, is a misunderstanding.
     scheme, gated = find_scheme(c.norm)
     places = all_places(c)
-    opposite = types.SimpleNamespace(n_layer=c.n_layer, mix_ratio=0 if c.mix_ratio >= 0.5 else 1)
+    opposite = copy.copy(c)
+    opposite.mix_ratio = 0 if c.mix_ratio >= 0.5 else 1
     s_acts = scheme.s and (c.s_position != "residual" or not any("C" in p for p in places))
     needs = [  # settings, whether they have an effect here, what they need
         ("gpas_act gpas_position gpas_stop_gradient gate_per gate_init", gated, "a gpas_ scheme"),
         ("gpas_position", c.gpas_position != "norm" or all("A" in p for p in places), "a norm at A in every layer"),
         ("s_position", s_acts, "a scheme with s and no C, as lns"),
-        ("mix_ratio", all_places(opposite, scheme) != places, "a scheme whose first layers differ, such as mix"),
+        ("mix_ratio", all_places(opposite) != places, "a scheme whose first layers differ, such as mix"),
         ("norm_groups", "groupnorm" in kinds, "norm_type=groupnorm"),
         ("dyt_alpha", "dyt" in kinds, "norm_type=dyt"),
         ("norm_affine", c.s_position != "gain", "an s_position other than gain"),
@@ -959,9 +954,9 @@ def check(config):
                 raise ValueError(f"{name}={getattr(c, name)} has no effect (norm is {c.norm}): it needs {needed}")
 
 
-def all_places(config, scheme=None):
+def all_places(config):
     """The places with norms of every sub-layer, attention and MLP of layer 1, 2 ... (the first 1,000 layers)."""
-    scheme, layers = scheme or find_scheme(config.norm)[0], range(1, min(config.n_layer, 1000) + 1)
+    scheme, layers = find_scheme(config.norm)[0], range(1, min(config.n_layer, 1000) + 1)
     return [scheme.places(config, l, is_mlp) for l in layers for is_mlp in (False, True)]
 
 
