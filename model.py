@@ -741,10 +741,10 @@ def grouped_outer(g: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, like: to
     """The gradient of w: the sum of g (rows, n_out) times x (rows, n_in) over each expert's rows, as `like`."""
     if has_grouped_mm(g, x):
         return F.grouped_mm(g.t(), x, offs=ends).to(like.dtype)
-    out, cuts = torch.empty_like(like), ends[:-1].tolist()
+    out, cuts = torch.empty_like(like, dtype=x.dtype), ends[:-1].tolist()
     for g_e, x_e, out_e in zip(g.tensor_split(cuts), x.tensor_split(cuts), out):
-        out_e.copy_(g_e.t() @ x_e)
-    return out
+        torch.mm(g_e.t(), x_e, out=out_e)
+    return out.to(like.dtype)
 
 
 grouped_product.register_fake(lambda x, w, ends: x.new_empty(x.shape[0], w.shape[1]))

@@ -117,7 +117,8 @@ def peak_share(settings, dtype, rounds=8):
 def layer_step(n_expert, top_k, dtype):
     """A function that does a forward and backward pass of experts of width 1536, or of a dense MLP of width 1536 top_k
     (no experts), at n_embd 768 and 2048 tokens."""
-    config = GPTConfig(n_embd=768, n_head=12, n_hidden=1536, n_expert=n_expert, n_expert_active=min(top_k, n_expert or top_k))
+    experts = {"n_expert": n_expert, "n_expert_active": top_k} if n_expert else {}
+    config = GPTConfig(n_embd=768, n_head=12, n_hidden=1536, **experts)
     layer, x = MoE(config) if n_expert else MLP(config, 1536 * top_k), torch.randn(1, 2048, 768, requires_grad=True)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.02)
