@@ -20,9 +20,7 @@ The table is SCHEMES: a row says where the norms are and gives s, alpha and omeg
 equation is the class Residual. What combines with every row (the kind of norm, b, the initialization, the gate's act)
 is a setting of GPTConfig. The rest is a plain Llama.
 
-The file tells this story up to GPT.forward. What follows can be skipped at first: generation, what a training loop
-asks, initialization, losses, the cache of keys and values, experts, the form of gpas that saves memory, longer
-contexts, checks, saved models. Docstrings cite the papers so:
+The file tells this story up to GPT.forward. What follows can be skipped at first. Docstrings cite the papers so:
 
     GPAS     Gradient-Preserving Activation Scaling, arXiv 2506.22049
     LNS      The Curse of Depth in Large Language Models (LayerNorm Scaling), arXiv 2502.05795
@@ -32,9 +30,9 @@ contexts, checks, saved models. Docstrings cite the papers so:
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-import types
 import typing
 import warnings
 import zipfile
@@ -42,14 +40,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Types of settings with their least and greatest value. Annotated[str, TABLE] is the name of a row of that table, which
-# may come later in this file.
+# Types of settings with their least and greatest value. Annotated[str, TABLE] is the name of a row of that table.
 COUNT = Annotated[int, (1, 2**31 - 1)]
 NATURAL = Annotated[int, (0, 2**31 - 1)]
 POSITIVE = Annotated[float, (1e-300, 1e300)]
@@ -94,7 +91,7 @@ class GPTConfig:
     norm_groups: COUNT = 8  # groupnorm: groups of channels
     dyt_alpha: FINITE = 0.5  # dyt: initial slope
     embed_norm: bool | None = None  # normalize the embedding's output
-    qk_norm: Literal["none", "head", "full"] | None = None  # norm of queries and keys: per head, or over the full width
+    qk_norm: Annotated[str | None, QK_NORMS] = None  # norm of queries and keys: per head, or over the full width
     qk_norm_type: Annotated[str | None, NORM_TYPES] = None  # kind of that norm; none: norm_type (Peri-LN: layernorm)
     v_norm: bool | None = None  # values too, in the same way
     mix_ratio: SHARE = 0.25  # mix: share of the layers, from the first, that are Post-LN
@@ -107,7 +104,7 @@ class GPTConfig:
     gpas_position: Annotated[str, GPAS_POSITIONS] = "sublayer"  # on the stream after or before it, on A(x), or on h
     gpas_stop_gradient: bool = True  # false: naive scaling
     gate_init: FINITE | None = None  # initial value of the gates; none: 0, for relu 0.01
-    gate_per: Literal["layer", "sublayer"] = "layer"  # one gate for both sub-layers, or one each
+    gate_per: Annotated[str, GATES_PER_LAYER] = "layer"  # one gate for both sub-layers, or one each
     # initialization
     init: Annotated[str | None, INITS] = None  # standard deviations of the matrices; none: as the scheme's row says
     init_std: POSITIVE = 0.02  # of every matrix but the embedding
@@ -127,8 +124,7 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.gate_init is None:
             self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
-        for mistake in mistakes(self):
-            raise ValueError(mistake)
+        check(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,37 +224,6 @@ def gpas(x, scale, keep=None):
     return x - (1 - scale) * x.detach()
 
 
-def gate_scale(gate, act="silu"):
-    """1 - act(a) of a gate a, shape (1,): what GPAS scales by. Its value, not its gradient, is kept 1e-7 away from 0,
-    since keep="output" divides by it."""
-    scale = 1 - GPAS_ACTS[act](gate)
-    away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
-    return scale + (away_from_zero - scale).detach()
-
-
-# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
-GPAS_ACTS = {
-    "silu": F.silu,
-    "identity": lambda a: a,
-    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
-    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
-    "tanh": torch.tanh,
-    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
-}
-
-# Where s and the gate act: left the papers' words, which are the settings, right the points in Residual.forward. With
-# s_position=gain there is no factor: the gain of A starts at s.
-S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
-GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
-
-# A learned factor b on the branch: its shape and initial value.
-BRANCH_SCALES = {
-    "none": None,
-    "skipinit": lambda c: ((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
-    "layerscale": lambda c: ((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
-}
-
-
 class Residual(nn.Module):
     """x -> the scheme's residual around a sub-layer f, x (B, T, n_embd) in and out:
 
@@ -279,10 +244,8 @@ class Residual(nn.Module):
         self.s = scheme.s(l) if scheme.s else 1.0
         self.alpha = scheme.alpha(config.n_layer) if scheme.alpha else 1.0
         self.omega = nn.Parameter(torch.ones(config.n_embd)) if scheme.omega else None
-        self.branch_scale = None
-        if b := BRANCH_SCALES[config.branch_scale]:
-            shape, value = b(config)
-            self.branch_scale = nn.Parameter(torch.full(shape, value))
+        b = BRANCH_SCALES[config.branch_scale](config)
+        self.branch_scale = None if b is None else nn.Parameter(b)
         self.branch_out = nn.Identity()  # a hook on it sees h, before omega, alpha, C or a gate on the stream act
         self.s_place, self.gate_place = S_POSITIONS[config.s_position], GPAS_POSITIONS[config.gpas_position]
         self.stop_gradient = config.gpas_stop_gradient
@@ -290,6 +253,8 @@ class Residual(nn.Module):
         self.keep = "input" if "C" in places and self.gate_place == "stream" else "output"
         if config.freeze_out_gain and "B" in places:
             self.out_norm.weight.requires_grad_(False)
+        if config.s_position == "gain":
+            nn.init.constant_(self.pre_norm.weight, self.s)
 
     def forward(self, x, f, scale=None, bottom=None):
         """x (B, T, n_embd). `scale` is 1 - act(a), shape (1,), None without gates; `bottom`, of x's shape, is what b2t
@@ -363,30 +328,13 @@ NORM_TYPES = {
 }
 
 
-def rotary_table(positions, head_dim, theta, scaling=None):
-    """Cosine and sine of the angles m * theta^(-2i / head_dim) of the positions m (T,), each (T, head_dim / 2).
-    `scaling` is GPTConfig's rope_scaling."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=positions.dtype) / head_dim)
-    if scaling:
-        numbers = {name: value for name, value in scaling.items() if name != "rope_type"}
-        frequency = ROPE_SCALINGS[scaling["rope_type"]](frequency, **numbers)
-    angle = torch.outer(positions, frequency)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding in the rotate-half convention (Llama's) of x (B, heads, T, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal attention; query head h reads key/value head floor(h / (n_head / n_kv_head)) (GQA, Sparsity Eq. 17)."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.rope_theta, self.rope_scaling, self.qk_norm = config.rope_theta, config.rope_scaling, config.qk_norm
+        self.rotary, self.qk_norm = (config.head_dim, config.rope_theta, config.rope_scaling), config.qk_norm
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
@@ -407,23 +355,26 @@ class Attention(nn.Module):
         k = self.heads(self.k_proj(x), self.k_norm)
         v = self.heads(self.v_proj(x), self.v_norm)
 
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        positions = torch.arange(start, start + T, device=x.device, dtype=dtype)
-        cos, sin = rotary_table(positions, self.head_dim, self.rope_theta, self.rope_scaling)
+        if start == 0:
+            table = rotary_table(cache.max_len if cache else T, *self.rotary, x)
+        else:
+            table = cache.table
+        cos, sin = table[:, start : start + T]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
         if cache:
+            cache.table = table
             k, v = cache.append(k, v)
-        if start > 0:  # new token i sees the cached ones and the new ones up to itself
+        mask = None
+        if start > 0 and T > 1:  # new token i sees the cached ones and the new ones up to itself
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        gqa = self.n_kv_head < self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        is_causal, gqa = start == 0 and T > 1, self.n_kv_head < self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def heads(self, x, norm):
         """x (B, T, heads * head_dim), normalized over its full width or per head, as (B, heads, T, head_dim)."""
         x = norm(x) if self.qk_norm == "full" else x
-        x = x.unflatten(-1, (-1, self.head_dim))
+        x = x.view(*x.shape[:2], -1, self.head_dim)
         x = norm(x) if self.qk_norm == "head" else x
         return x.transpose(1, 2)
 
@@ -450,8 +401,8 @@ class Block(nn.Module):
         super().__init__()
         scheme, is_gated = find_scheme(config.norm)
         # One gate for both sub-layers (GPAS section 4.1), or one each.
-        n_gates = {"layer": 1, "sublayer": 2}[config.gate_per]
-        self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if is_gated else None
+        shape = (GATES_PER_LAYER[config.gate_per],)
+        self.gate = nn.Parameter(torch.full(shape, config.gate_init)) if is_gated else None
         self.gpas_act, self.b2t = config.gpas_act, scheme.b2t
         self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
         self.mlp, self.mlp_residual = make_mlp(config, l), Residual(config, l, is_mlp=True)
@@ -485,8 +436,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.init_weights(seed)
-        for message in doubts(config):
-            warnings.warn(message)
+        warn(config)
 
     def forward(self, idx, targets=None, caches=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the loss in nats.
@@ -523,18 +473,18 @@ class GPT(nn.Module):
             raise ValueError("generate needs at least one token to continue")
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature {temperature} must be at least 0 and top_k {top_k} at least 1")
-        size, caches, new = self.config.block_size, None, idx
+        size, new = self.config.block_size, idx
+        caches = [KVCache(size) for _ in self.blocks]
         for _ in range(n):
             if idx.shape[1] > size:
                 caches, new = None, idx[:, -size:]
-            elif caches is None:
-                caches = [KVCache(size) for _ in self.blocks]
-            logits = self(new, caches=caches)[0][:, -1].float()
+            with torch.inference_mode():  # less work for each operation than no_grad
+                logits = self(new, caches=caches)[0][:, -1].float()
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
-                logits = logits - logits.amax(-1, keepdim=True)  # at most 0: no overflow at a low temperature
-                logits = logits / max(temperature, 1e-30)
+                # The largest becomes 0, so that a low temperature makes nothing overflow.
+                logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
@@ -573,14 +523,11 @@ class GPT(nn.Module):
 
     def count_params(self):
         """Parameters: `total`, `active` (those that one token meets) and `non_embedding` (without table and head)."""
-        total = sum(p.numel() for p in self.parameters())
-        vocab = sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})  # one if they are tied
-        return {"total": total, "active": total - self.count_idle(), "non_embedding": total - vocab}
-
-    def count_idle(self):
-        """Parameters of the experts that a token does not reach."""
         E, k = self.config.n_expert, self.config.n_expert_active
-        return sum(p.numel() // E * (E - k) for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+        total = sum(p.numel() for p in self.parameters())
+        idle = sum(p.numel() // E * (E - k) for name, p in self.named_parameters() if ".experts." in name)
+        vocab = sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})  # one if they are tied
+        return {"total": total, "active": total - idle, "non_embedding": total - vocab}
 
     def flops_per_token(self, T=None):
         """Floating-point operations of one token's forward and backward pass in sequences of T tokens (block_size).
@@ -590,10 +537,9 @@ class GPT(nn.Module):
         each, 3 passes.
         """
         config, T = self.config, T or self.config.block_size
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+        matrices = self.count_params()["active"] - sum(p.numel() for p in self.parameters() if p.dim() < 2)
         matrices -= 0 if config.tie_embeddings else self.embed_tokens.weight.numel()
-        attention = 12 * config.n_layer * config.n_head * config.head_dim * (T + 1) / 2
-        return 6 * (matrices - self.count_idle()) + attention
+        return 6 * matrices + 12 * config.n_layer * config.n_head * config.head_dim * (T + 1) / 2
 
     def mfu(self, tokens_per_s, peak_flops, T=None):
         """Model FLOPs utilization: the share of the hardware's peak (in FLOP/s) that the model's own work reaches."""
@@ -603,39 +549,22 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draws every matrix from its own generator, on the CPU; vectors get their constant initial values, and omega
-        those of a profiling pass."""
+        """Draws every matrix from its own generator, on the CPU, and omega from a profiling pass. Biases of q, k, v
+        are 0; every other vector keeps the value that its module has given it."""
         c = self.config
         for name, p in self.named_parameters():
             if p.is_meta:
-                continue
+                return
+            if name.endswith("_proj.bias"):
+                p.zero_()
             if p.dim() == 1:
-                p.fill_(self.initial_value(name))
                 continue
-            matrix = name.removesuffix(".weight").rpartition(".")[2]
-            if matrix == "embed_tokens":
-                std = c.embed_std
-            elif matrix in ("lm_head", "router"):
-                std = base_std(c)
-            else:
-                std = INITS[c.init](c, matrix, int(name.split(".")[1]) + 1, p.shape)
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            p.copy_(torch.empty(p.shape, device="cpu").normal_(0, std, generator=generator))
-        if find_scheme(c.norm)[0].omega and not self.lm_head.weight.is_meta:
+            p.copy_(torch.empty(p.shape, device="cpu").normal_(0, initial_std(c, name, p.shape), generator=generator))
+        if find_scheme(c.norm)[0].omega:
             generator = torch.Generator().manual_seed(seed)
             idx = torch.randint(c.vocab_size, (4, min(c.block_size, 256)), generator=generator, device="cpu")
             self.profile_omega(idx.to(self.lm_head.weight.device))
-
-    def initial_value(self, name):
-        """What every element of the vector parameter `name` starts from."""
-        c, (owner, _, kind) = self.config, name.rpartition(".")
-        if kind == "gate":
-            return c.gate_init
-        if kind == "branch_scale":
-            return BRANCH_SCALES[c.branch_scale](c)[1]
-        if owner.endswith(".pre_norm") and kind == "weight" and c.s_position == "gain":
-            return self.get_submodule(owner.removesuffix(".pre_norm")).s
-        return {"weight": 1.0, "omega": 1.0, "bias": 0.0, "alpha": c.dyt_alpha}[kind]
 
     @torch.no_grad()
     def profile_omega(self, idx):
@@ -688,59 +617,29 @@ def to_matmul_dtype(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Initialization: tables
+# Initialization
+
+INITS = "normal", "scaled", "depth", "olmo", "xavier", "deepnorm"
 
 
-def base_std(config):
-    """init_std, or the square root of the variance c / n_embd (Peri-LN section 6.2)."""
-    return config.init_std if config.init_variance is None else math.sqrt(config.init_variance / config.n_embd)
-
-
-def xavier_std(config, name, l, shape):
-    """Xavier-normal (Peri-LN section 6.2)."""
-    return math.sqrt(2 / (shape[-1] + shape[-2]))
-
-
-def deepnorm_std(config, name, l, shape):
-    """DeepNorm: Xavier-normal, with gain (8L)^-1/4 for v, o and the MLP and 1 for q and k."""
-    gain = 1.0 if name in ("q_proj", "k_proj") else (8 * config.n_layer) ** -0.25
-    return gain * xavier_std(config, name, l, shape)
-
-
-OUTPUTS = "o_proj", "down_proj"
-
-# Standard deviation of the matrix `name` (q_proj ... down_proj) of layer l; head and routers have base_std, the
-# embedding embed_std. The sources of scaled, depth and olmo are LNS section 6 and 5.3.1.
-INITS = {
-    "normal": lambda c, name, l, shape: base_std(c),
-    "scaled": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * c.n_layer if name in OUTPUTS else 1),
-    "depth": lambda c, name, l, shape: base_std(c) / math.sqrt(2 * l),  # Zhang et al. 2019
-    "olmo": lambda c, name, l, shape: 1 / math.sqrt(c.n_embd * (2 * l if name in OUTPUTS else 1)),
-    "xavier": xavier_std,
-    "deepnorm": deepnorm_std,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys and values of a generation
-
-
-class KVCache:
-    """Keys and values of one attention layer for the tokens so far, each (B, n_kv_head, up to max_len, head_dim)."""
-
-    def __init__(self, max_len):
-        self.max_len, self.length, self.k, self.v = max_len, 0, None, None
-
-    def append(self, k, v):
-        """Adds the keys and values of new tokens and returns those of all tokens."""
-        if self.k is None:
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+def initial_std(config, name, shape):
+    """The standard deviation from which the matrix with this parameter name and shape is drawn."""
+    c, matrix = config, name.removesuffix(".weight").rpartition(".")[2]
+    base = c.init_std if c.init_variance is None else math.sqrt(c.init_variance / c.n_embd)  # Peri-LN section 6.2
+    if matrix == "embed_tokens":
+        return c.embed_std
+    if matrix in ("lm_head", "router"):
+        return base
+    l, is_output = int(name.split(".")[1]) + 1, matrix in ("o_proj", "down_proj")
+    xavier = math.sqrt(2 / (shape[-1] + shape[-2]))
+    return {
+        "normal": base,
+        "scaled": base / math.sqrt(2 * c.n_layer) if is_output else base,  # LNS section 6
+        "depth": base / math.sqrt(2 * l),  # Zhang et al. 2019
+        "olmo": 1 / math.sqrt(c.n_embd * (2 * l if is_output else 1)),  # LNS section 5.3.1
+        "xavier": xavier,  # Xavier-normal, Peri-LN section 6.2
+        "deepnorm": xavier if matrix in ("q_proj", "k_proj") else xavier * (8 * c.n_layer) ** -0.25,
+    }[c.init]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -819,12 +718,6 @@ class Experts(nn.Module):
         return GroupedLinear.apply(h, self.down_proj, ends)
 
 
-def rows_of_experts(ends):
-    """(expert, slice of its rows) for every expert."""
-    ends = ends.tolist()
-    return enumerate(map(slice, [0, *ends], ends))
-
-
 def has_grouped_mm(*tensors):
     """Whether torch's grouped product, which needs no synchronization, takes these: on CUDA, rows of k * 16 bytes."""
     return all(t.is_cuda and t.dtype != torch.float64 and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
@@ -837,9 +730,9 @@ def grouped_product(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> tor
     """x (rows, n_in), sorted by expert, times w[e] (n_out, n_in) for expert e's rows: (rows, n_out) of x's dtype."""
     if has_grouped_mm(x, w.transpose(1, 2)):
         return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends)
-    out = x.new_empty(len(x), w.shape[1])
-    for e, rows in rows_of_experts(ends):
-        torch.mm(x[rows], w[e].to(x.dtype).t(), out=out[rows])
+    out, cuts = x.new_empty(len(x), w.shape[1]), ends[:-1].tolist()
+    for x_e, w_e, out_e in zip(x.tensor_split(cuts), w, out.tensor_split(cuts)):
+        torch.mm(x_e, w_e.to(x.dtype).t(), out=out_e)
     return out
 
 
@@ -848,10 +741,10 @@ def grouped_outer(g: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, like: to
     """The gradient of w: the sum of g (rows, n_out) times x (rows, n_in) over each expert's rows, as `like`."""
     if has_grouped_mm(g, x):
         return F.grouped_mm(g.t(), x, offs=ends).to(like.dtype)
-    out = torch.empty_like(like)
-    for e, rows in rows_of_experts(ends):
-        out[e] = g[rows].t() @ x[rows]
-    return out
+    out, cuts = torch.empty_like(like, dtype=x.dtype), ends[:-1].tolist()
+    for g_e, x_e, out_e in zip(g.tensor_split(cuts), x.tensor_split(cuts), out):
+        torch.mm(g_e.t(), x_e, out=out_e)
+    return out.to(like.dtype)
 
 
 grouped_product.register_fake(lambda x, w, ends: x.new_empty(x.shape[0], w.shape[1]))
@@ -880,7 +773,40 @@ class GroupedLinear(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The form of gpas that saves memory
+# What the settings of Residual and Attention stand for, and the form of gpas that saves memory
+
+# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
+GPAS_ACTS = {
+    "silu": F.silu,
+    "identity": lambda a: a,
+    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
+    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
+    "tanh": torch.tanh,
+    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
+}
+GATES_PER_LAYER = {"layer": 1, "sublayer": 2}
+
+# Where s and the gate act: left the papers' words, which are the settings, right the points in Residual.forward. With
+# s_position=gain there is no factor: the gain of A starts at s.
+S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
+GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
+
+# Initial value of the learned factor b on the branch.
+BRANCH_SCALES = {
+    "none": lambda c: None,
+    "skipinit": lambda c: torch.full((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
+    "layerscale": lambda c: torch.full((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
+}
+
+QK_NORMS = "none", "head", "full"
+
+
+def gate_scale(gate, act="silu"):
+    """1 - act(a) of a gate a, shape (1,): what GPAS scales by. Its value, not its gradient, is kept 1e-7 away from 0,
+    since keep="output" divides by it."""
+    scale = 1 - GPAS_ACTS[act](gate)
+    away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
+    return scale + (away_from_zero - scale).detach()
 
 
 class ScaleForwardOnly(torch.autograd.Function):
@@ -908,10 +834,29 @@ class ScaleForwardOnly(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Longer contexts
+# What attention needs: the rotary embedding, keys and values of a generation
 
 
-def llama3_scaling(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+def rotary_table(n, head_dim, theta, scaling, like):
+    """For `rotate`, (2, n, head_dim): cosine and, negative in the first half, sine of the angles m * theta^(-2i /
+    head_dim) at positions m = 0 .. n - 1. `scaling` is GPTConfig's rope_scaling; on the device of the tensor `like`,
+    in at least float32."""
+    options = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    frequency = theta ** -(torch.arange(0, head_dim, 2, **options) / head_dim)
+    if scaling:
+        frequency = ROPE_SCALINGS[scaling["rope_type"]](frequency, **scaling)
+    angle = torch.outer(torch.arange(n, **options), frequency)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding in the rotate-half convention (Llama's) of x (B, heads, T, head_dim), whose halves
+    a, b become a cos - b sin, b cos + a sin."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def llama3_scaling(frequency, rope_type, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
     """Llama 3.1's: frequencies that turn fewer than low_freq_factor times within the original context are divided by
     the factor, those that turn more than high_freq_factor times stay, and those between are mixed."""
     turns = original_max_position_embeddings * frequency / (2 * math.pi)
@@ -919,117 +864,124 @@ def llama3_scaling(frequency, factor, low_freq_factor, high_freq_factor, origina
     return frequency * (share + (1 - share) / factor)
 
 
-# What becomes of the rotary frequencies (head_dim / 2,). The other arguments are the numbers of a rope_scaling.
-ROPE_SCALINGS = {"linear": lambda frequency, factor: frequency / factor, "llama3": llama3_scaling}
+# What becomes of the rotary frequencies (head_dim / 2,). The other arguments are the entries of a rope_scaling.
+ROPE_SCALINGS = {"linear": lambda frequency, rope_type, factor: frequency / factor, "llama3": llama3_scaling}
+
+
+class KVCache:
+    """Keys and values of one attention layer for the tokens so far, each (B, n_kv_head, up to max_len, head_dim), and
+    the rotary table of all max_len positions."""
+
+    def __init__(self, max_len):
+        self.max_len, self.length, self.k, self.v, self.table = max_len, 0, None, None, None
+
+    def append(self, k, v):
+        """Adds the keys and values of new tokens and returns those of all tokens."""
+        if self.k is None:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks of a configuration
 
 
-def limits_of(hint):
-    """The (least, greatest) value, or the known names, that the type of a field declares; None if it declares none."""
-    for kind in (hint, *typing.get_args(hint)):  # of `X | None`, X
-        if typing.get_origin(kind) is Annotated:
-            return kind.__metadata__[0]
-        if typing.get_origin(kind) is Literal:
-            return typing.get_args(kind)
-
-
-def mistakes(config):
-    """Why a configuration cannot be built, or which of its settings would have no effect: one sentence each."""
-    hints = typing.get_type_hints(GPTConfig, include_extras=True)
-    for name, hint in hints.items():
-        value, limits = getattr(config, name), limits_of(hint)
-        if value is None or limits is None:
+def check(config):
+    """ValueError for a configuration that cannot be built, or of which a setting would have no effect."""
+    for name, hint in typing.get_type_hints(GPTConfig, include_extras=True).items():
+        value, kinds = getattr(config, name), (hint, *typing.get_args(hint))  # of `X | None`, X is among the latter
+        declared = [kind.__metadata__[0] for kind in kinds if typing.get_origin(kind) is Annotated]
+        if value is None or not declared:
             continue
-        is_range = isinstance(limits, tuple) and not isinstance(limits[0], str)
-        if is_range and not limits[0] <= value <= limits[1]:
-            yield f"{name} is {value}; it must lie between {limits[0]} and {limits[1]}"
-        if not is_range and value not in limits:
-            yield f"unknown {name} {value!r}; known: {', '.join(limits)}"
+        limits = list(declared[0])  # least and greatest value, or the known names
+        if isinstance(limits[0], str):
+            if value not in limits:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(limits)}")
+        elif not limits[0] <= value <= limits[1]:
+            raise ValueError(f"{name} is {value}; it must lie between {limits[0]} and {limits[1]}")
 
     c = config
     if c.head_dim is None:
-        yield f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}; or give a head_dim"
+        raise ValueError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}; or give a head_dim")
     if c.head_dim % 2:
-        yield f"head_dim (n_embd / n_head unless given) {c.head_dim} is odd; rotation needs pairs"
+        raise ValueError(f"head_dim (n_embd / n_head unless given) {c.head_dim} is odd; rotation needs pairs")
     if c.n_head % c.n_kv_head:
-        yield f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}"
+        raise ValueError(f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}")
     if c.n_expert and c.n_expert_active > c.n_expert:
-        yield f"n_expert_active {c.n_expert_active} must lie between 1 and n_expert {c.n_expert}"
+        raise ValueError(f"n_expert_active {c.n_expert_active} must lie between 1 and n_expert {c.n_expert}")
     if c.moe_from > c.n_layer:
-        yield f"moe_from {c.moe_from} must be a layer, of {c.n_layer}"
+        raise ValueError(f"moe_from {c.moe_from} must be a layer, of {c.n_layer}")
     if c.rope_scaling is not None:
-        yield from rope_mistakes(c.rope_scaling)
+        check_rope_scaling(c.rope_scaling)
     full = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     qk_widths = {"none": (), "head": (c.head_dim,), "full": full}[c.qk_norm]
     kinds = c.norm_type, *(c.qk_norm_type or c.norm_type for _ in qk_widths)
     for kind, width in zip(kinds, (c.n_embd, *qk_widths)):
         if kind == "groupnorm" and width % c.norm_groups:
-            yield f"norm_groups {c.norm_groups} does not divide the width {width} of a norm"
+            raise ValueError(f"norm_groups {c.norm_groups} does not divide the width {width} of a norm")
 
     # A setting that nothing reads, but that is not at its default, is a misunderstanding.
     scheme, gated = find_scheme(c.norm)
     places = all_places(c)
-    some_c = any("C" in p for p in places)
-    other_ratio = types.SimpleNamespace(n_layer=c.n_layer, mix_ratio=0 if c.mix_ratio >= 0.5 else 1)
-    has_effect = {  # setting: (whether it has one here, what it needs)
-        "mix_ratio": (all_places(other_ratio, scheme) != places, "a scheme whose first layers differ, such as mix"),
-        "norm_groups": ("groupnorm" in kinds, "norm_type=groupnorm"),
-        "dyt_alpha": ("dyt" in kinds, "norm_type=dyt"),
-        "layerscale_init": (c.branch_scale == "layerscale", "branch_scale=layerscale"),
-        "s_position": (scheme.s and (c.s_position != "residual" or not some_c), "a scheme with s and no C, as lns"),
-        "freeze_out_gain": (c.norm_affine and any("B" in p for p in places), "gains of norms at B"),
-        "norm_affine": (c.s_position != "gain", "an s_position other than gain"),
-        "v_norm": (c.qk_norm != "none", "qk_norm=head or full"),
-        "qk_norm_type": (c.qk_norm != "none", "qk_norm=head or full"),
-        "init_variance": (c.init not in ("deepnorm", "olmo", "xavier"), "another init"),
-        "average_shared": (c.n_expert_shared, "n_expert_shared above 0"),
-        "gpas_position": (c.gpas_position != "norm" or all("A" in p for p in places), "a norm at A in every layer"),
-    }
-    of_gpas = "gpas_act", "gpas_position", "gpas_stop_gradient", "gate_per", "gate_init"
-    of_experts = "n_expert_active n_expert_shared normalize_gates moe_from moe_every balance_weight z_weight".split()
-    if not gated:
-        has_effect.update(dict.fromkeys(of_gpas, (False, "a gpas_ scheme")))
-    if not c.n_expert:
-        has_effect.update(dict.fromkeys(of_experts, (False, "n_expert above 0")))
+    opposite = copy.copy(c)
+    opposite.mix_ratio = 0 if c.mix_ratio >= 0.5 else 1
+    s_acts = scheme.s and (c.s_position != "residual" or not any("C" in p for p in places))
+    needs = [  # settings, whether they have an effect here, what they need
+        ("gpas_act gpas_position gpas_stop_gradient gate_per gate_init", gated, "a gpas_ scheme"),
+        ("gpas_position", c.gpas_position != "norm" or all("A" in p for p in places), "a norm at A in every layer"),
+        ("s_position", s_acts, "a scheme with s and no C, as lns"),
+        ("mix_ratio", all_places(opposite) != places, "a scheme whose first layers differ, such as mix"),
+        ("norm_groups", "groupnorm" in kinds, "norm_type=groupnorm"),
+        ("dyt_alpha", "dyt" in kinds, "norm_type=dyt"),
+        ("norm_affine", c.s_position != "gain", "an s_position other than gain"),
+        ("freeze_out_gain", c.norm_affine and any("B" in p for p in places), "gains of norms at B"),
+        ("v_norm qk_norm_type", c.qk_norm != "none", "qk_norm=head or full"),
+        ("layerscale_init", c.branch_scale == "layerscale", "branch_scale=layerscale"),
+        ("init_variance", c.init not in ("deepnorm", "olmo", "xavier"), "another init"),
+        ("n_expert_active n_expert_shared normalize_gates", c.n_expert, "n_expert above 0"),
+        ("moe_from moe_every balance_weight z_weight", c.n_expert, "n_expert above 0"),
+        ("average_shared", c.n_expert_shared, "n_expert_shared above 0"),
+    ]
     defaults = {f.name: f.default for f in fields(GPTConfig)} | {"gate_init": 0.0, "v_norm": False}
-    for name, (works, needed) in has_effect.items():
-        if not works and getattr(c, name) != defaults[name]:
-            yield f"{name}={getattr(c, name)} has no effect (norm is {c.norm}): it needs {needed}"
+    for names, has_effect, needed in needs:
+        for name in names.split():
+            if not has_effect and getattr(c, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(c, name)} has no effect (norm is {c.norm}): it needs {needed}")
 
 
-def all_places(config, scheme=None):
+def all_places(config):
     """The places with norms of every sub-layer, attention and MLP of layer 1, 2 ... (the first 1,000 layers)."""
-    scheme, layers = scheme or find_scheme(config.norm)[0], range(1, min(config.n_layer, 1000) + 1)
+    scheme, layers = find_scheme(config.norm)[0], range(1, min(config.n_layer, 1000) + 1)
     return [scheme.places(config, l, is_mlp) for l in layers for is_mlp in (False, True)]
 
 
-def rope_mistakes(scaling):
-    """What is wrong with a rope_scaling, one sentence each."""
+def check_rope_scaling(scaling):
+    """ValueError for a rope_scaling of which something is wrong."""
     kind = scaling.get("rope_type")
-    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-        yield f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}"
-        return
-    names = list(inspect.signature(ROPE_SCALINGS[kind]).parameters)[1:]
-    given = {name: value for name, value in scaling.items() if name != "rope_type"}
-    are_numbers = all(type(v) in (int, float) and 0 < v < 1e30 for v in given.values())
-    if set(given) != set(names) or not are_numbers:
-        yield f"rope_scaling of type {kind} needs positive numbers {', '.join(names)}; got {given}"
+    if kind not in list(ROPE_SCALINGS):
+        raise ValueError(f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}")
+    _, *names = inspect.signature(ROPE_SCALINGS[kind]).parameters
+    numbers = [value for name, value in scaling.items() if name != "rope_type"]
+    if set(scaling) != set(names) or not all(type(n) in (int, float) and 0 < n < 1e30 for n in numbers):
+        raise ValueError(f"rope_scaling of type {kind} needs {', '.join(names)}, positive numbers; got {scaling}")
 
 
-def doubts(config):
-    """What the papers advise against in a configuration that can be built, one sentence each."""
+def warn(config):
+    """Warns of what the papers advise against in a configuration that can be built."""
     scheme, gated = find_scheme(config.norm)
     if not isinstance(scheme.norms, str) and len(set(all_places(config))) == 1:
-        yield f"norm {config.norm}: all of {config.n_layer} layers are of one kind, which is not a mix"
+        warnings.warn(f"norm {config.norm}: all of {config.n_layer} layers are of one kind, which is not a mix")
     if scheme.s and config.init in ("scaled", "depth", "olmo"):
-        yield f"norm {config.norm} with init {config.init}: LNS did worse with init scaled than alone (LNS section 6)"
+        warnings.warn(f"init {config.init}: LNS did worse with init scaled than alone (LNS section 6)")
     if scheme.s and config.s_position == "residual":
-        yield "s_position residual diverged in the paper (LNS Table 8: perplexity 1358)"
+        warnings.warn("s_position residual diverged in the paper (LNS Table 8: perplexity 1358)")
     if gated and config.gpas_act == "relu" and config.gate_init <= 0:
-        yield f"a ReLU gate that starts at {config.gate_init} has no gradient and never moves: give a gate_init above 0"
+        warnings.warn(f"a ReLU gate at {config.gate_init} has no gradient and never moves: give a gate_init above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1046,10 +998,10 @@ def load_checkpoint(place):
     path = path if path.suffix == ".pt" else path / "ckpt.pt"
     try:
         return read_checkpoint(path)
+    except FileNotFoundError:
+        reason = f"no checkpoint {path}; train one first, or name its folder"
     except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
-        reason = f"checkpoint {path} cannot be read: {type(error).__name__} {(str(error).splitlines() or [''])[0]}"
-        if isinstance(error, FileNotFoundError):
-            reason = f"no checkpoint {path}; train one first, or name its folder"
+        reason = f"checkpoint {path} cannot be read: {type(error).__name__} {' '.join(str(error).split())[:300]}"
     previous = path.with_name("ckpt_previous.pt")
     if path != previous and previous.exists():
         try:
@@ -1077,15 +1029,7 @@ def read_checkpoint(path):
     if config.n_layer > len(weights):  # said before that many layers are built
         raise ValueError(f"its config has {config.n_layer} layers, its model {len(weights)} weights")
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        expected = GPT(config).state_dict()
-    if weights.keys() != expected.keys():
-        different = sorted(map(str, weights.keys() ^ expected.keys()))
-        raise ValueError(f"its weights do not fit its config: {', '.join(different[:3])}")
-    for name, like in expected.items():
-        value = weights[name]
-        if not torch.is_tensor(value) or not value.is_floating_point() or value.shape != like.shape:
-            what = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
-            raise ValueError(f"its weight {name} is {what}, its config needs {tuple(like.shape)}")
+        GPT(config).load_state_dict(weights, assign=True)  # an error where names, shapes or types do not fit
     return checkpoint
 
 

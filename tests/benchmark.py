@@ -9,6 +9,7 @@ middle half are printed. Not a test: nothing here passes or fails.
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from model import GPT, MLP, SCHEMES, GPTConfig, MoE
 from test_model import saved_bytes
 from train import keep_freed_memory
 
-PARTS = "schemes", "gpas", "compiled", "memory", "moe", "peak", "llama", "analyze", "data"
+PARTS = "schemes", "gpas", "compiled", "memory", "moe", "peak", "llama", "generate", "analyze", "data"
 
 
 @dataclass
@@ -116,7 +117,8 @@ def peak_share(settings, dtype, rounds=8):
 def layer_step(n_expert, top_k, dtype):
     """A function that does a forward and backward pass of experts of width 1536, or of a dense MLP of width 1536 top_k
     (no experts), at n_embd 768 and 2048 tokens."""
-    config = GPTConfig(n_embd=768, n_head=12, n_hidden=1536, n_expert=n_expert, n_expert_active=min(top_k, n_expert or top_k))
+    experts = {"n_expert": n_expert, "n_expert_active": top_k} if n_expert else {}
+    config = GPTConfig(n_embd=768, n_head=12, n_hidden=1536, **experts)
     layer, x = MoE(config) if n_expert else MLP(config, 1536 * top_k), torch.randn(1, 2048, 768, requires_grad=True)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.02)
@@ -148,6 +150,28 @@ def compare_with_llama(c):
     for dtype in ("float32", "bfloat16"):
         ours, theirs = (stepper(m, c, dtype, c.batch_size) for m in (build("pre", c), llama))
         print(f"  {dtype:10} {ratios(ours, theirs, c.pairs)}", flush=True)
+
+
+def compare_generation(c, n=64):
+    """Tokens per second of generate() against transformers' on the exported model, greedy, after 16 tokens."""
+    try:
+        import transformers
+
+        import interchange
+    except ImportError:
+        print("transformers is not installed: no comparison with its generate")
+        return
+    print(f"time of transformers' generate over ours, {n} tokens, float32, {c.n_layer} layers x {c.n_embd}")
+    model = build("pre", c).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        interchange.export_hf(model, folder, overwrite=True)
+        exported = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    exported.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    for batch_size in (1, 8):
+        idx = torch.randint(0, 257, (batch_size, 16))
+        theirs = {"attention_mask": torch.ones_like(idx), "min_new_tokens": n, "max_new_tokens": n, "do_sample": False}
+        pair = lambda: exported.generate(idx, **theirs), lambda: model.generate(idx, n, temperature=0)
+        print(f"  batch {batch_size:4} {ratios(*pair, c.pairs)}; the same text: {pair[0]().equal(pair[1]())}", flush=True)
 
 
 def main():
@@ -197,6 +221,8 @@ def main():
             print(f"  {dtype:10} {peak_share(settings, dtype)}", flush=True)
     if "llama" in parts:
         compare_with_llama(c)
+    if "generate" in parts:
+        compare_generation(c)
     if "analyze" in parts:
         benchmark_analyze.report(benchmark_analyze.Settings())
     if "data" in parts:
