@@ -124,7 +124,8 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.gate_init is None:
             self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
-        check(self)
+        for mistake in mistakes(self):
+            raise ValueError(mistake)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,7 +437,8 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.init_weights(seed)
-        warn(config)
+        for doubt in doubts(config):
+            warnings.warn(doubt)
 
     def forward(self, idx, targets=None, caches=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the loss in nats.
@@ -891,8 +893,9 @@ class KVCache:
 # Checks of a configuration
 
 
-def check(config):
-    """ValueError for a configuration that cannot be built, or of which a setting would have no effect."""
+def mistakes(config):
+    """Why a configuration cannot be built, or which of its settings would have no effect: one sentence each. Only the
+    first is to be relied on."""
     for name, hint in typing.get_type_hints(GPTConfig, include_extras=True).items():
         value, kinds = getattr(config, name), (hint, *typing.get_args(hint))  # of `X | None`, X is among the latter
         declared = [kind.__metadata__[0] for kind in kinds if typing.get_origin(kind) is Annotated]
@@ -901,29 +904,29 @@ def check(config):
         limits = list(declared[0])  # least and greatest value, or the known names
         if isinstance(limits[0], str):
             if value not in limits:
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(limits)}")
+                yield f"unknown {name} {value!r}; known: {', '.join(limits)}"
         elif not limits[0] <= value <= limits[1]:
-            raise ValueError(f"{name} is {value}; it must lie between {limits[0]} and {limits[1]}")
+            yield f"{name} is {value}; it must lie between {limits[0]} and {limits[1]}"
 
     c = config
     if c.head_dim is None:
-        raise ValueError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}; or give a head_dim")
+        yield f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}; or give a head_dim"
     if c.head_dim % 2:
-        raise ValueError(f"head_dim (n_embd / n_head unless given) {c.head_dim} is odd; rotation needs pairs")
+        yield f"head_dim (n_embd / n_head unless given) {c.head_dim} is odd; rotation needs pairs"
     if c.n_head % c.n_kv_head:
-        raise ValueError(f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}")
+        yield f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}"
     if c.n_expert and c.n_expert_active > c.n_expert:
-        raise ValueError(f"n_expert_active {c.n_expert_active} must lie between 1 and n_expert {c.n_expert}")
+        yield f"n_expert_active {c.n_expert_active} must lie between 1 and n_expert {c.n_expert}"
     if c.moe_from > c.n_layer:
-        raise ValueError(f"moe_from {c.moe_from} must be a layer, of {c.n_layer}")
+        yield f"moe_from {c.moe_from} must be a layer, of {c.n_layer}"
     if c.rope_scaling is not None:
-        check_rope_scaling(c.rope_scaling)
+        yield from rope_mistakes(c.rope_scaling)
     full = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     qk_widths = {"none": (), "head": (c.head_dim,), "full": full}[c.qk_norm]
     kinds = c.norm_type, *(c.qk_norm_type or c.norm_type for _ in qk_widths)
     for kind, width in zip(kinds, (c.n_embd, *qk_widths)):
         if kind == "groupnorm" and width % c.norm_groups:
-            raise ValueError(f"norm_groups {c.norm_groups} does not divide the width {width} of a norm")
+            yield f"norm_groups {c.norm_groups} does not divide the width {width} of a norm"
 
     # A setting that nothing reads, but that is not at its default, is a misunderstanding.
     scheme, gated = find_scheme(c.norm)
@@ -951,7 +954,7 @@ def check(config):
     for names, has_effect, needed in needs:
         for name in names.split():
             if not has_effect and getattr(c, name) != defaults[name]:
-                raise ValueError(f"{name}={getattr(c, name)} has no effect (norm is {c.norm}): it needs {needed}")
+                yield f"{name}={getattr(c, name)} has no effect (norm is {c.norm}): it needs {needed}"
 
 
 def all_places(config):
@@ -960,28 +963,29 @@ def all_places(config):
     return [scheme.places(config, l, is_mlp) for l in layers for is_mlp in (False, True)]
 
 
-def check_rope_scaling(scaling):
-    """ValueError for a rope_scaling of which something is wrong."""
+def rope_mistakes(scaling):
+    """What is wrong with a rope_scaling, one sentence each."""
     kind = scaling.get("rope_type")
     if kind not in list(ROPE_SCALINGS):
-        raise ValueError(f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}")
+        yield f"rope_scaling has rope_type {kind!r}; known: {', '.join(ROPE_SCALINGS)}"
+        return
     _, *names = inspect.signature(ROPE_SCALINGS[kind]).parameters
     numbers = [value for name, value in scaling.items() if name != "rope_type"]
     if set(scaling) != set(names) or not all(type(n) in (int, float) and 0 < n < 1e30 for n in numbers):
-        raise ValueError(f"rope_scaling of type {kind} needs {', '.join(names)}, positive numbers; got {scaling}")
+        yield f"rope_scaling of type {kind} needs {', '.join(names)}, positive numbers; got {scaling}"
 
 
-def warn(config):
-    """Warns of what the papers advise against in a configuration that can be built."""
+def doubts(config):
+    """What the papers advise against in a configuration that can be built, one sentence each."""
     scheme, gated = find_scheme(config.norm)
     if not isinstance(scheme.norms, str) and len(set(all_places(config))) == 1:
-        warnings.warn(f"norm {config.norm}: all of {config.n_layer} layers are of one kind, which is not a mix")
+        yield f"norm {config.norm}: all of {config.n_layer} layers are of one kind, which is not a mix"
     if scheme.s and config.init in ("scaled", "depth", "olmo"):
-        warnings.warn(f"init {config.init}: LNS did worse with init scaled than alone (LNS section 6)")
+        yield f"init {config.init}: LNS did worse with init scaled than alone (LNS section 6)"
     if scheme.s and config.s_position == "residual":
-        warnings.warn("s_position residual diverged in the paper (LNS Table 8: perplexity 1358)")
+        yield "s_position residual diverged in the paper (LNS Table 8: perplexity 1358)"
     if gated and config.gpas_act == "relu" and config.gate_init <= 0:
-        warnings.warn(f"a ReLU gate at {config.gate_init} has no gradient and never moves: give a gate_init above 0")
+        yield f"a ReLU gate at {config.gate_init} has no gradient and never moves: give a gate_init above 0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
