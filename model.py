@@ -254,8 +254,6 @@ class Residual(nn.Module):
         self.keep = "input" if "C" in places and self.gate_place == "stream" else "output"
         if config.freeze_out_gain and "B" in places:
             self.out_norm.weight.requires_grad_(False)
-        if config.s_position == "gain":
-            nn.init.constant_(self.pre_norm.weight, self.s)
 
     def forward(self, x, f, scale=None, bottom=None):
         """x (B, T, n_embd). `scale` is 1 - act(a), shape (1,), None without gates; `bottom`, of x's shape, is what b2t
@@ -551,15 +549,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draws every matrix from its own generator, on the CPU, and omega from a profiling pass. Biases of q, k, v
-        are 0; every other vector keeps the value that its module has given it."""
+        """Draws every matrix from its own generator, on the CPU, and omega from a profiling pass. Vectors get the value
+        that they start from: what came from the meta device (FSDP) holds anything."""
         c = self.config
         for name, p in self.named_parameters():
             if p.is_meta:
                 return
-            if name.endswith("_proj.bias"):
-                p.zero_()
             if p.dim() == 1:
+                p.fill_(self.initial_value(name))
                 continue
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             p.copy_(torch.empty(p.shape, device="cpu").normal_(0, initial_std(c, name, p.shape), generator=generator))
@@ -567,6 +564,17 @@ class GPT(nn.Module):
             generator = torch.Generator().manual_seed(seed)
             idx = torch.randint(c.vocab_size, (4, min(c.block_size, 256)), generator=generator, device="cpu")
             self.profile_omega(idx.to(self.lm_head.weight.device))
+
+    def initial_value(self, name):
+        """What every element of the vector parameter `name` starts from."""
+        c, (owner, _, kind) = self.config, name.rpartition(".")
+        if kind == "gate":
+            return c.gate_init
+        if kind == "branch_scale":
+            return BRANCH_SCALES[c.branch_scale](c)[0].item()
+        if owner.endswith(".pre_norm") and kind == "weight" and c.s_position == "gain":
+            return self.get_submodule(owner.removesuffix(".pre_norm")).s
+        return {"weight": 1.0, "omega": 1.0, "bias": 0.0, "alpha": c.dyt_alpha}[kind]
 
     @torch.no_grad()
     def profile_omega(self, idx):

@@ -604,6 +604,24 @@ def test_compiles_to_one_graph(norm):
     assert worst_gradient(compiled[2], eager[2]) < 1e-4
 
 
+@pytest.mark.parametrize("norm", ALL)
+def test_a_model_from_the_meta_device_starts_from_the_same_weights(norm):
+    """As FSDP makes it: its memory holds anything until init_weights."""
+    more = dict(s_position="gain") if norm.endswith("lns") else {}
+    more |= dict(gate_init=0.3) if "gpas_" in norm else {}
+    config = small(norm, qkv_bias=True, **more)
+    torch.manual_seed(1)
+    expected = GPT(config).state_dict()
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.constant_(p, math.nan)
+    torch.manual_seed(1)
+    model.init_weights(int(torch.randint(2**62, ())))
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="the default backend needs g++ on the CPU")
 @pytest.mark.parametrize("norm, autocast", [("gpas_pre", True), ("gpas_deepnorm", False)])
 def test_compiles_with_the_default_backend(norm, autocast):
