@@ -95,13 +95,13 @@ class GPTConfig:
     qk_norm_type: Annotated[str | None, NORM_TYPES] = None  # kind of that norm; none: norm_type (Peri-LN: layernorm)
     v_norm: bool | None = None  # values too, in the same way
     mix_ratio: SHARE = 0.25  # mix: share of the layers, from the first, that are Post-LN
-    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: s on A(x), on h, on x + h; gain: A's gain starts at s
+    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: norm: s on A(x); branch: on h; residual: on x + h; gain: in A
     freeze_out_gain: bool = False  # the gains of the norms at B stay at 1 (Peri-LN section 5.3)
     branch_scale: Annotated[str | None, BRANCH_SCALES] = None  # learned factor on the branch: a scalar, or a diagonal
     layerscale_init: FINITE = 1e-4  # layerscale: initial value
     # gpas
     gpas_act: Annotated[str, GPAS_ACTS] = "silu"  # the gate a scales by 1 - act(a)
-    gpas_position: Annotated[str, GPAS_POSITIONS] = "sublayer"  # on the stream after or before it, on A(x), or on h
+    gpas_position: Annotated[str, GPAS_POSITIONS] = "sublayer"  # sublayer: x + h; before: x; norm: A(x); module: h
     gpas_stop_gradient: bool = True  # false: naive scaling
     gate_init: FINITE | None = None  # initial value of the gates; none: 0, for relu 0.01
     gate_per: Annotated[str, GATES_PER_LAYER] = "layer"  # one gate for both sub-layers, or one each
@@ -124,7 +124,7 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.gate_init is None:
             self.gate_init = 0.01 if self.gpas_act == "relu" else 0.0
-        for mistake in mistakes(self):
+        if mistake := next(mistakes(self), None):
             raise ValueError(mistake)
 
 
@@ -134,8 +134,9 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class Scheme:
-    """One row: which of A, B and C carry a norm in which sub-layers, the constants that go with them, and the settings
-    of GPTConfig that the method brings along (each can be set otherwise). l = 1..L is the layer."""
+    """One row: which of A, B and C carry a norm in which sub-layers, the factors that go with them as functions (alpha
+    of L, s of l = 1..L, the layer), and the settings of GPTConfig that the method brings along (each can be set
+    otherwise). ValueError for a row that cannot be built."""
 
     norms: str | Callable  # the places that carry a norm: any of A, B, C; or (config, l, is_mlp) -> these places
     alpha: Callable[[int], float] | None = None  # L -> the factor on the shortcut before C
@@ -151,6 +152,9 @@ class Scheme:
     init: str = "normal"
 
     def __post_init__(self):
+        for name in ("alpha", "s"):
+            if not callable(getattr(self, name) or max):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a function, such as lambda n: 0.5")
         if isinstance(self.norms, str):
             self.places(config=None, l=1, is_mlp=False)
 
@@ -217,16 +221,22 @@ def gpas(x, scale, keep=None):
         gpas(x) = x - act(a) * sg(x)     forward a multiplication by 1 - act(a), backward the identity
 
     The last line is this definition: x's gradient flows through its first term, the gate's through its second. `keep`
-    gives the same values and gradients faster, from the "input" x (..., n_embd) or from the "output", of which the
-    operations before and after may have kept one anyway (ScaleForwardOnly).
+    gives the same values and gradients faster (ScaleForwardOnly): it names the tensor that is kept for the backward
+    pass, the "input" x (..., n_embd) or the "output". The one that a neighbouring operation keeps costs no memory.
     """
     if keep:
         return ScaleForwardOnly.apply(x, scale, keep == "output")
     return x - (1 - scale) * x.detach()
 
 
+# Where s and the gate act: left the papers' words, which are the settings, right the points in Residual.at. With
+# s_position=gain there is no factor: the gain of A starts at s.
+S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
+GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
+
+
 class Residual(nn.Module):
-    """x -> the scheme's residual around a sub-layer f, x (B, T, n_embd) in and out:
+    """x -> the scheme's residual around a sub-layer f, x (batch, T, n_embd) in and out:
 
         h = b * B(f(s * A(x)))
         x <- C(alpha * omega * gpas(x) + h)   if there is a C,   else   x <- gpas(x + h)
@@ -422,7 +432,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Before the modules, whose own initialization draws from the same generator, though not on the meta device.
+        # Drawn first: the modules' own initialization uses the same generator too, though not on the meta device.
         seed = int(torch.randint(2**62, (), device="cpu"))
         if config.vocab_size < 1:  # a configuration may wait for its data to say it
             raise ValueError(f"vocab_size is {config.vocab_size}; it must be at least 1")
@@ -795,11 +805,6 @@ GPAS_ACTS = {
     "scale_silu": lambda a: a * torch.sigmoid(8 * a),
 }
 GATES_PER_LAYER = {"layer": 1, "sublayer": 2}
-
-# Where s and the gate act: left the papers' words, which are the settings, right the points in Residual.forward. With
-# s_position=gain there is no factor: the gain of A starts at s.
-S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
-GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
 
 # Initial value of the learned factor b on the branch.
 BRANCH_SCALES = {

@@ -83,7 +83,7 @@ class Settings(GPTConfig):
     # data
     dataset: str = "stdlib"  # a folder in data_dir, or a path
     data_dir: str = "data"  # where prepare_data.py puts data sets
-    rows: Literal["windows", "documents"] = "windows"  # what a sequence is; documents: one, cut or padded without loss
+    rows: Literal["windows", "documents"] = "windows"  # documents: one a row, cut, or padded (without loss)
     batch_size: COUNT = 8  # sequences per process and micro-step
     gradient_accumulation_steps: COUNT = 2  # micro-steps per step, of the whole job: the processes share them
     # optimization: linear warm-up, cosine decay
@@ -201,13 +201,13 @@ def main():
 def train(checkpoint, changes, data, setup, stop):
     """Trains a new model, or goes on from a checkpoint: its run if settings.init_from is "resume", else its weights.
 
-    `changes` are the settings that are given otherwise than the run had them, {name: (before, now)}.
+    `changes` are the settings given now that differ from those of the run that is continued, {name: (before, now)}.
     """
     settings, processes, autocast = setup.settings, setup.processes, setup.autocast
     resumed = checkpoint if settings.init_from == "resume" else None
     model = build_model(data.config, checkpoint and checkpoint["model"], setup)
     set_gates(model, settings, is_new=resumed is None)
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}  # what LISA draws from
     print(describe_model(model, data, setup))
     optimizer = build_optimizer(model, resumed, setup)
     gates = [g for g in model.gates() if g.requires_grad]
@@ -232,15 +232,15 @@ def train(checkpoint, changes, data, setup, stop):
             text, record = describe_loss(loss, data)
             print(f"step {step:5d}: {text}")
             needs_report = processes.rank == 0 or settings.shard
-            report = stream_report(model, *report_batch[:2], autocast) if needs_report else {}
-            folder.log({"step": step, "tokens": tokens, **record, **report})
-        return loss, report
+            of_stream = stream_report(model, *report_batch[:2], autocast) if needs_report else {}
+            folder.log({"step": step, "tokens": tokens, **record, **of_stream})
+        return loss, of_stream
 
     def save():
         with times("checkpoints"):
             folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
 
-    # -- the loop
+    # -- the loop; `step` is the number of steps that are done
     model.train()
     is_stopping, batches = False, read_step(data, step, setup)
     if val_loss is None:
@@ -256,7 +256,8 @@ def train(checkpoint, changes, data, setup, stop):
 
         with times("steps"):
             # The mean over all tokens of the step that have a target, wherever they are: each micro-batch counts by its
-            # number of them. DDP and FSDP divide the sum of gradients by the number of processes, hence the factor.
+            # share of them, n / n_targets. DDP and FSDP divide the sum of gradients by the number of processes: the
+            # factor processes.size undoes this.
             n_targets, loss = processes.sum(sum(n for *_, n in batches))[0], 0
             if not n_targets:
                 raise UserError(f"no token of step {step} has a target: all are prompts, or cut before the answer")
@@ -274,8 +275,9 @@ def train(checkpoint, changes, data, setup, stop):
             if is_finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step, skipped, is_stopping = step + 1, 0 if is_finite else skipped + 1, n_stops > 0
-        tokens += int(n_targets)
+        step, tokens = step + 1, tokens + int(n_targets)
+        skipped = 0 if is_finite else skipped + 1
+        is_stopping = n_stops > 0
 
         if not is_finite:
             what = f"loss is {loss}, gradient norm {grad_norm} at step {step}, lr {lr:.2e}"
