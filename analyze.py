@@ -33,7 +33,7 @@ MEASURES that says what of the result is shown. To add one, write for example th
 
 and this row into the table. `--metrics=update` then puts it into the tables, analysis.json and importance.png:
 
-    "update": Measure("size of each layer's update", RelativeUpdate, "importance", [Column("update", lambda r: r)]),
+    "update": Measure("size of each layer's update", RelativeUpdate, "importance", {"update": lambda r: r}),
 
 Layers are l = 1..L; x_l (B, T, n_embd) is the residual state that layer l gets, x_1 the embedding's output (normalized,
 where the model does so), x_{L+1} the last layer's output, before the final norm. Tensors with a layer dimension hold
@@ -42,14 +42,13 @@ Losses are cross-entropies in nats in evaluation mode, without router terms. Pap
 """
 
 import functools
-import itertools
 import json
 import math
 import statistics
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,7 +76,7 @@ class Settings:
     layers: str = "all"  # whose Jacobians: numbers from 1, with commas between, or all
     own_token: bool = False  # Jacobian of each token's output by the same token's input, without cross-token terms
     choices: str | None = None  # a jsonl of multiple-choice questions: prompt, choices, answer
-    baseline: str | None = None  # a sweep: value of its first setting to compare with; none: the first by name
+    baseline: str | None = None  # a sweep: value of its first setting to compare with; none: pre, or the first
     # data
     dataset: str | None = None  # a folder in data_dir, or a path; none: the run's
     data_dir: str | None = None  # where data sets are; none: the run's
@@ -161,13 +160,11 @@ def look_inside(block, x):
         seen["attention"] = q, k, attn_mask
         return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in modules.items()]
-    try:
-        with patch.object(F, "scaled_dot_product_attention", noted_attention):
-            block(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:  # takes the hooks away again
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", noted_attention))
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_hook(note(name)))
+        block(x)
     return seen
 
 
@@ -659,57 +656,6 @@ def usefulness(model, batches, threshold=1.1):
 removal, permutation = as_function(Removal), as_function(Permutation)
 
 
-@torch.no_grad()
-def multiple_choice(model, questions, encoding, batch_size=16):
-    """Accuracy on multiple-choice questions, and what the removal of each layer costs (LNS section 3), a dict:
-
-    accuracy     float  share of the questions whose best choice is the answer: acc_norm of EleutherAI's harness
-    acc          float  the same where the best choice is the one of greatest log-likelihood, undivided: its acc
-    score_drop   (L)    accuracy - accuracy(without l): positive when the layer matters
-    n_questions  int
-
-    `questions`: dicts with `prompt`, `choices` (strings) and `answer` (index of a choice, or its text); `prompt` may be
-    a list, one for each choice (Winogrande: two contexts, one continuation). The best choice has the greatest
-    log-likelihood of ' ' + choice after its prompt, divided by the choice's length in characters, with the harness's
-    tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut of the
-    left end where they exceed the block size. An empty prompt is the start of a document.
-    """
-    rows, block_size = [], model.config.block_size
-    for q in questions:
-        prompts = q["prompt"] if isinstance(q["prompt"], list) else [q["prompt"]] * len(q["choices"])
-        for prompt, choice in zip(prompts, q["choices"]):
-            before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
-            after = prepare_data.encode(encoding, prompt + " " + choice).tolist()[len(before) :]
-            if len(after) > block_size:
-                text = f"choice {choice[:40]!r} has {len(after)} tokens"
-                raise UserError(f"{text}, more than the block size {block_size}")
-            ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
-            targets = ids[1:].clone()
-            targets[: len(targets) - len(after)] = -100
-            rows.append((ids[:-1], targets))
-    L, device = len(model.blocks), model.lm_head.weight.device
-    likelihood = []  # of each row: with all layers, then without layer 1, 2 ...
-    with evaluation(model):
-        for first in progress(range(0, len(rows), batch_size), "choices"):
-            idx, targets = zip(*rows[first : first + batch_size])
-            idx = torch.nn.utils.rnn.pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
-            targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
-            states = Trace(model, idx, targets).states
-            ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
-            logits = (model.lm_head(model.norm(h)).float().transpose(1, 2) for h in ends)
-            likelihood += torch.stack([-F.cross_entropy(z, targets, reduction="none").sum(1) for z in logits], dim=1)
-    correct, correct_undivided, likelihood = zeros(model, L + 1), 0, iter(likelihood)
-    for q in questions:
-        scores = torch.stack([next(likelihood) for _ in q["choices"]])  # (choices, 1 + L)
-        lengths = torch.tensor([[max(1, len(choice))] for choice in q["choices"]], device=device)
-        answer = q["answer"] if isinstance(q["answer"], int) else q["choices"].index(q["answer"])
-        correct += (scores / lengths).argmax(0) == answer
-        correct_undivided += scores[:, 0].argmax().item() == answer
-    accuracy, n = correct / len(questions), len(questions)
-    drop = accuracy[0] - accuracy[1:]
-    return {"accuracy": accuracy[0].item(), "acc": correct_undivided / n, "score_drop": drop, "n_questions": n}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Jacobian
 
@@ -802,41 +748,112 @@ def end_to_end(model, batches, n_iter=20):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Multiple choice
+
+
+@torch.no_grad()
+def multiple_choice(model, questions, encoding, batch_size=16):
+    """Accuracy on multiple-choice questions, and what the removal of each layer costs (LNS section 3), a dict:
+
+    accuracy     float  share of the questions whose best choice is the answer: acc_norm of EleutherAI's harness
+    acc          float  the same where the best choice is the one of greatest log-likelihood, undivided: its acc
+    score_drop   (L)    accuracy - accuracy(without l): positive when the layer matters
+    n_questions  int
+
+    `questions`: dicts with `prompt`, `choices` (strings) and `answer` (index of a choice, or its text); `prompt` may be
+    a list, one for each choice (Winogrande: two contexts, one continuation). The best choice has the greatest
+    log-likelihood of ' ' + choice after its prompt, divided by the choice's length in characters, with the harness's
+    tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut of the
+    left end where they exceed the block size. An empty prompt is the start of a document.
+    """
+    rows, block_size, questions = [], model.config.block_size, [unpack(question) for question in questions]
+    for prompts, choices, _ in questions:
+        for prompt, choice in zip(prompts, choices):
+            before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
+            after = prepare_data.encode(encoding, prompt + " " + choice).tolist()[len(before) :]
+            if len(after) > block_size:
+                text = f"choice {choice[:40]!r} has {len(after)} tokens"
+                raise UserError(f"{text}, more than the block size {block_size}")
+            ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
+            targets = ids[1:].clone()
+            targets[: len(targets) - len(after)] = -100
+            rows.append((ids[:-1], targets))
+    L, device = len(model.blocks), model.lm_head.weight.device
+    likelihood = []  # of each row: with all layers, then without layer 1, 2 ...
+    with evaluation(model):
+        for first in progress(range(0, len(rows), batch_size), "choices"):
+            idx, targets = zip(*rows[first : first + batch_size])
+            idx = torch.nn.utils.rnn.pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
+            targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
+            states = Trace(model, idx, targets).states
+            ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
+            logits = (model.lm_head(model.norm(h)).float().transpose(1, 2) for h in ends)
+            likelihood += torch.stack([-F.cross_entropy(z, targets, reduction="none").sum(1) for z in logits], dim=1)
+    correct, correct_undivided, likelihood = zeros(model, L + 1), 0, iter(likelihood)
+    for _, choices, answer in questions:
+        scores = torch.stack([next(likelihood) for _ in choices])  # (choices, 1 + L)
+        lengths = torch.tensor([[max(1, len(choice))] for choice in choices], device=device)
+        correct += (scores / lengths).argmax(0) == answer
+        correct_undivided += scores[:, 0].argmax().item() == answer
+    accuracy, n = correct / len(questions), len(questions)
+    drop = accuracy[0] - accuracy[1:]
+    return {"accuracy": accuracy[0].item(), "acc": correct_undivided / n, "score_drop": drop, "n_questions": n}
+
+
+def unpack(question):
+    """(prompts, choices, answer) of a question: a prompt for each choice, and the answer's index. KeyError, TypeError
+    or ValueError if it is not one."""
+    prompts, choices, answer = question["prompt"], question["choices"], question["answer"]
+    if isinstance(prompts, str):
+        prompts = [prompts] * len(choices)
+        answer = choices.index(answer) if isinstance(answer, str) else answer
+    if type(choices) is not list or len(prompts) != len(choices):
+        raise ValueError("choices is no list, or has not as many elements as prompt")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError("answer is not one of the choices")
+    "".join([*prompts, *choices]).encode()  # all are texts; half of a surrogate pair has no bytes
+    return prompts, choices, answer
+
+
+def read_questions(path):
+    """The questions of a jsonl for `multiple_choice`; UserError names the line that is not one."""
+    questions = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"choices {path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                questions.append(json.loads(line))
+                unpack(questions[-1])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}:{number} is not a question: an object with prompt (or a list, one for each choice), "
+                "choices (strings) and answer (an index from 0, or one of the choices)"
+            ) from None
+    if not questions:
+        raise UserError(f"{path} holds no questions")
+    return questions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The table of the measures: how each is had, and what tables and figures show of it
 
 
 @dataclass
-class Column:
-    """One number for each layer, a column of a table and a panel of a figure."""
-
-    title: str  # the column's head
-    get: str | Callable  # a key of the measure's result, or a function of it; a key that it lacks leaves the column out
-    label: str | None = None  # of the figure's axis, where it says more than the title
-    log: bool = False  # whether the values may span orders of magnitude
-    line: tuple[float, str] | None = None  # a value to compare with, and what it is
-
-
-@dataclass
 class Measure:
-    """One row of the table. A column has L values, L + 1 with the embedding's output first, or one for each of the
-    result's "layers". `totals` are numbers or texts of the run as a whole; of a tensor the mean is shown."""
+    """One row of the table. `columns` and `totals` are {title: a key of the result, or a function of it}; what a result
+    lacks is not shown. A column has L values, L + 1 with the embedding's output first, or one for each of the result's
+    "layers"; it is a column of a table and a panel of a figure. A total is a number or a text of the run as a whole; of
+    a tensor the mean is shown."""
 
     what: str  # for --help
     compute: Callable  # a class, for the shared pass; or a function (model, batches) that makes passes of its own
     group: str  # columns of one group share a table and the figure <group>.png
-    columns: list[Column] = field(default_factory=list)
+    columns: dict[str, str | Callable] = field(default_factory=dict)
     totals: dict[str, str | Callable] = field(default_factory=dict)
     matrix: tuple | None = None  # (title, rows, columns, function of the result): a heat map a run, <name>_map.png
-
-
-# The titles of the groups' figures, where they say more than the name.
-GROUPS = {
-    "importance": "what each layer is worth",
-    "stream": "residual stream and branches, held-out text",
-    "parameters": "gradients and weights",
-    "jacobian": "each layer's Jacobian J, token average",
-    "attention": "attention weights, mean over heads",
-}
 
 
 def item(key, i):
@@ -844,106 +861,83 @@ def item(key, i):
     return lambda result: result[key][i]
 
 
-def if_any(key):
-    """A function of a measure's result that gives result[key], or None if no layer has a value."""
-    return lambda result: None if result[key].isnan().all() else result[key]
-
-
 # fmt: off
 MEASURES = {
-    "removal": Measure("loss without each layer, causal scores", Removal, "importance", [
-        Column("loss drop", "loss_drop", "loss without the layer - loss, nats"),
-        Column("perplexity drop", "perplexity_drop", "perplexity without the layer - perplexity"),
-        Column("causal effect", lambda r: r["causal"].nanmean(1), "mean causal effect on later layers"),
-    ], {
-        "loss": "loss", "perplexity": "perplexity",
-        "causal score": "causal_score", "causal / sqrt(L)": "causal_score_normalized",
-    },
+    "removal": Measure(
+        "loss without each layer, causal scores", Removal, "importance",
+        {"loss drop, nats": "loss_drop", "perplexity drop": "perplexity_drop",
+         "causal effect": lambda r: r["causal"].nanmean(1)},
+        {"loss": "loss", "perplexity": "perplexity", "causal score": "causal_score",
+         "causal / sqrt(L)": "causal_score_normalized"},
         ("causal effect C(s, l)", "skipped layer s", "later layer l", lambda r: r["causal"])),
 
-    "permutation": Measure("loss with each pair of layers swapped", Permutation, "importance", [
-        Column("mean swap", lambda r: r["matrix"].sum(1) / max(1, len(r["matrix"]) - 1),
-               "mean |loss change| / loss of its swaps"),
-    ], {"permutation score": "score"},
+    "permutation": Measure(
+        "loss with each pair of layers swapped", Permutation, "importance",
+        {"mean swap": lambda r: r["matrix"].sum(1) / max(1, len(r["matrix"]) - 1)},
+        {"permutation score": "score"},
         ("|change of the loss by a swap| / loss", "layer", "layer", lambda r: r["matrix"])),
 
-    "usefulness": Measure("loss with each layer replaced by an affine map", Usefulness, "importance", [
-        Column("affine loss ratio", "ratio", "loss with an affine map instead / loss", line=(1.1, "useful above 1.1")),
-    ], {"usefulness score": "score", "effective/wasted": lambda r: f"{r['effective']}/{r['wasted']}"}),
+    "usefulness": Measure(
+        "loss with each layer replaced by an affine map", Usefulness, "importance",
+        {"affine loss ratio": "ratio"},
+        {"usefulness score": "score", "effective/wasted": lambda r: f"{r['effective']}/{r['wasted']}"}),
 
-    "angular": Measure("angular distance between residual states", AngularDistance, "importance", [
-        Column("angle to next", lambda r: r[:, 0], "angular distance to the next state / pi"),
-    ], {"mean angle to next": lambda r: r[:, 0]},
+    "angular": Measure(
+        "angular distance between residual states", AngularDistance, "importance",
+        {"angle to next": lambda r: r[:, 0]},
+        {"mean angle to next": lambda r: r[:, 0]},
         ("angular distance d(l, n), in units of pi", "n layers on", "layer l", lambda r: r.mT)),
 
-    "choices": Measure("multiple-choice accuracy, and without each layer", multiple_choice, "importance", [
-        Column("accuracy drop", "score_drop", "accuracy - accuracy without the layer"),
-    ], {"accuracy": "accuracy", "accuracy, undivided": "acc"}),
+    "choices": Measure(
+        "multiple-choice accuracy, and without each layer", multiple_choice, "importance",
+        {"accuracy drop": "score_drop"},
+        {"accuracy": "accuracy", "accuracy, undivided": "acc"}),
 
-    "stream": Measure("variance, magnitude, kurtosis and largest values of the residual states", Stream, "stream", [
-        Column("variance", "variance", log=True),
-        Column("mean |x|", "magnitude", log=True),
-        Column("largest |x|", "largest", log=True, line=(FLOAT16_MAX, "float16's largest, 65504")),
-        Column("kurtosis", "kurtosis", "kurtosis (3: Gaussian)", log=True),
-        Column("attention variance", "attn_variance", log=True),
-        Column("MLP variance", "mlp_variance", log=True),
-    ], {
-        "last variance": item("variance", -1),
-        "largest |x|": item("top", 0),
-        "|x| > 65504": lambda r: int(r["over_float16"].sum()),
-    }),
+    "stream": Measure(
+        "variance, magnitude, kurtosis and largest values of the residual states", Stream, "stream",
+        {"variance": "variance", "mean |x|": "magnitude", "largest |x|": "largest", "kurtosis": "kurtosis",
+         "attention variance": "attn_variance", "MLP variance": "mlp_variance"},
+        {"last variance": item("variance", -1), "largest |x|": item("top", 0),
+         "|x| > 65504": lambda r: int(r["over_float16"].sum())}),
 
-    "gradients": Measure("gradient norm and variance of each layer", gradients, "parameters", [
-        Column("gradient norm", "norm", log=True),
-        Column("gradient variance", "variance", log=True),
-    ], {"last layer's gradient": item("norm", -1)}),
+    "gradients": Measure(
+        "gradient norm and variance of each layer", gradients, "parameters",
+        {"gradient norm": "norm", "gradient variance": "variance"},
+        {"last layer's gradient": item("norm", -1)}),
 
-    "weights": Measure("weight norms and sparsity, gates, output-norm gains", weights, "parameters", [
-        Column("attention weights", "attn_norm"),
-        Column("MLP weights", "mlp_norm"),
-        Column("gate a", "gates"),
-        Column("1 - act(a)", "gate_scale"),
-        Column("attention out gain", if_any("attn_out_gain")),
-        Column("MLP out gain", if_any("mlp_out_gain")),
-        Column("attention weights / first run's", "attn_norm_ratio"),
-        Column("MLP weights / first run's", "mlp_norm_ratio"),
-    ], {
-        **{f"matrices |w| < {e:g}": item("sparsity_matrices", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
-        **{f"parameters |w| < {e:g}": item("sparsity_all", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
-        "attention weights / first run's": "attn_norm_ratio",
-        "MLP weights / first run's": "mlp_norm_ratio",
-    }),
+    "weights": Measure(
+        "weight norms and sparsity, gates, output-norm gains", weights, "parameters",
+        {"attention weights": "attn_norm", "MLP weights": "mlp_norm", "gate a": "gates", "1 - act(a)": "gate_scale",
+         "attention out gain": "attn_out_gain", "MLP out gain": "mlp_out_gain",
+         "attention weights / first run's": "attn_norm_ratio", "MLP weights / first run's": "mlp_norm_ratio"},
+        {**{f"matrices |w| < {e:g}": item("sparsity_matrices", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
+         **{f"parameters |w| < {e:g}": item("sparsity_all", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
+         "attention weights / first run's": "attn_norm_ratio", "MLP weights / first run's": "mlp_norm_ratio"}),
 
-    "jacobian": Measure("each layer's Jacobian", jacobian, "jacobian", [
-        Column("|J - I|", "deviation"),
-        Column("|J - I| / d", "deviation_per_d"),
-        Column("off-diagonal", "off_diagonal"),
-        Column("off-diagonal rms", "off_diagonal_rms"),
-        Column("diagonal mean", "diagonal_mean"),
-        Column("diagonal std", "diagonal_std"),
-        Column("spectral norm", "spectral_norm"),
-    ], {"mean |J - I|": "deviation"}),
+    "jacobian": Measure(
+        "each layer's Jacobian", jacobian, "jacobian",
+        {"|J - I|": "deviation", "|J - I| / d": "deviation_per_d", "off-diagonal": "off_diagonal",
+         "off-diagonal rms": "off_diagonal_rms", "diagonal mean": "diagonal_mean", "diagonal std": "diagonal_std",
+         "spectral norm": "spectral_norm"},
+        {"mean |J - I|": "deviation"}),
 
-    "end_to_end": Measure("size of the last state's derivative by the first", end_to_end, "jacobian", [], {
-        "|dx_{L+1} / dx_1|": lambda r: r,
-    }),
+    "end_to_end": Measure(
+        "size of the last state's derivative by the first", end_to_end, "jacobian", {},
+        {"|dx_{L+1} / dx_1|": lambda r: r}),
 
-    "attention": Measure("sparsity and entropy of the attention, head maps", Attention, "attention", [
-        *(Column(f"share < {e:g}", item("causal_sparsity", i), f"share < {e:g} of the causal entries")
-          for i, e in enumerate(ATTENTION_THRESHOLDS)),
-        *(Column(f"< {e:g} of T^2", item("sparsity", i), f"share < {e:g} of all T^2 entries")
-          for i, e in enumerate(ATTENTION_THRESHOLDS)),
-        Column("entropy", "entropy", "entropy, nats"),
-    ], {
-        **{f"attention < {e:g}": item("causal_sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-        **{f"attention < {e:g}, of T^2": item("sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-        "attention entropy": "entropy",
-    }),
+    "attention": Measure(
+        "sparsity and entropy of the attention, head maps", Attention, "attention",
+        {**{f"share < {e:g}": item("causal_sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
+         **{f"< {e:g} of T^2": item("sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
+         "entropy, nats": "entropy"},
+        {**{f"attention < {e:g}": item("causal_sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
+         **{f"attention < {e:g}, of T^2": item("sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
+         "attention entropy": "entropy"}),
 
-    "experts": Measure("load, dead experts, router entropy", Experts, "experts", [
-        Column("dead experts", "dead"),
-        Column("router entropy", "entropy", "router entropy, nats"),
-    ], {"dead experts": "dead", "router entropy": "entropy"},
+    "experts": Measure(
+        "load, dead experts, router entropy", Experts, "experts",
+        {"dead experts": "dead", "router entropy, nats": "entropy"},
+        {"dead experts": "dead", "router entropy": "entropy"},
         ("share of the router's choices", "layer with experts", "expert", lambda r: r["load"])),
 }
 # fmt: on
@@ -955,25 +949,25 @@ def look_up(result, get):
 
 
 def shown_columns(result):
-    """{group: [(Column, values)]} of a run: values (L + 1) float64, the embedding's output first, nan where there is
-    none. Gates and heads of a layer are averaged."""
+    """{group: {title: (L + 1) float64}} of a run: the embedding's output first, nan where there is none. Gates and
+    heads of a layer are averaged."""
     L, groups = result["run"]["n_layer"], {}
     for name, measure in MEASURES.items():
-        for column in measure.columns if name in result else ():
-            values = look_up(result[name], column.get)
-            if values is None:
+        for title, get in measure.columns.items() if name in result else ():
+            values = look_up(result[name], get)
+            if values is None or values.isnan().all():
                 continue
             layers = torch.arange(L + 1 - len(values), L + 1)
             if isinstance(result[name], dict):
                 layers = result[name].get("layers", layers)
             by_layer = torch.full((L + 1,), math.nan, dtype=torch.float64)
             by_layer[layers] = values.double().cpu().reshape(len(values), -1).mean(1)
-            groups.setdefault(measure.group, []).append((column, by_layer))
+            groups.setdefault(measure.group, {})[title] = by_layer
     return groups
 
 
 def shown_totals(result):
-    """{name: number or text} of a run as a whole."""
+    """{title: number or text} of a run as a whole."""
     totals = {}
     for name, measure in MEASURES.items():
         for title, get in measure.totals.items() if name in result else ():
@@ -1001,10 +995,10 @@ def load_run(out_dir, device="cpu"):
             prepare_data.build_encoding(checkpoint["tokenizer"])
         if not all(type(checkpoint["settings"].get(name)) is str for name in ("dataset", "data_dir")):
             raise ValueError("its settings name no data set")
-        return model.to(device).eval(), checkpoint
     except Exception as error:  # an edited file can hold anything
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"checkpoint {out_dir}/ckpt.pt cannot be read: {type(error).__name__} {reason}") from None
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise UserError(f"checkpoint {out_dir}/ckpt.pt cannot be read: {reason}") from None
+    return model.to(device).eval(), checkpoint
 
 
 def run_folder(path):
@@ -1014,15 +1008,14 @@ def run_folder(path):
 
 def find_data(settings, checkpoint):
     """Folder of the data set that the settings or the run name; UserError if it is missing or of another tokenizer."""
-    of_run = checkpoint["settings"]
-    dataset, data_dir = settings.dataset or of_run["dataset"], settings.data_dir or of_run["data_dir"]
-    folder = prepare_data.find_data(dataset, data_dir, "val")
+    dataset = settings.dataset or checkpoint["settings"]["dataset"]
+    folder = prepare_data.find_data(dataset, settings.data_dir or checkpoint["settings"]["data_dir"], "val")
     of_data, of_run = prepare_data.read_meta(folder).get("tokenizer"), checkpoint["tokenizer"]
-    if of_data and of_run and of_data != of_run:
-        raise UserError(f"{folder} was made with tokenizer {of_data['name']}, the run with {of_run['name']}")
     if of_data and not of_run:
         text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
         print(f"warning: {text}", file=sys.stderr)
+    elif of_data and of_data != of_run:
+        raise UserError(f"{folder} was made with tokenizer {of_data['name']}, the run with {of_run['name']}")
     return folder
 
 
@@ -1034,41 +1027,8 @@ def load_batches(folder, config, tokens, batch_size, block_size=None, device="cp
     T = block_size or config.block_size
     data = TokenData(folder, "val", T, config.vocab_size)
     n = min(math.ceil(tokens / T), len(data))
-    rows = [torch.from_numpy(r).to(device) for r in data.rows(0, n)]
-    batch_size = min(batch_size, n)
-    return list(zip(rows[0].split(batch_size), rows[1].split(batch_size)))
-
-
-def read_questions(path):
-    """The questions of a jsonl for `multiple_choice`; UserError names the line that is not one."""
-    questions = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"choices {path}: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            q = json.loads(line)
-            prompt, choices, answer = q["prompt"], q["choices"], q["answer"]
-            is_index = type(answer) is int and 0 <= answer < len(choices)
-            prompts = prompt if type(prompt) is list else [prompt] * len(choices)
-            good = type(choices) is list and all(type(text) is str for text in [*prompts, *choices])
-            good = good and len(choices) == len(prompts) > 0
-            good = good and (is_index or (answer in choices and type(prompt) is str))
-            "".join([*prompts, *choices]).encode()  # half of a surrogate pair has no bytes
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            raise UserError(
-                f"{path}:{number} is not a question: an object with prompt (or a list, one for each choice), "
-                "choices (strings) and answer (an index from 0, or one of the choices)"
-            )
-        questions.append(q)
-    if not questions:
-        raise UserError(f"{path} holds no questions")
-    return questions
+    idx, targets = (torch.from_numpy(rows).to(device).split(batch_size) for rows in data.rows(0, n))
+    return list(zip(idx, targets))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1078,7 +1038,7 @@ def read_questions(path):
 def analyze_run(out_dir, folder, settings, device):
     """All measures that the settings ask for, on the data in `folder`: {"run": what was measured, name: its result}."""
     model, checkpoint = load_run(out_dir, device)
-    config, label, names = model.config, Path(out_dir).name, settings.names()
+    config, names = model.config, settings.names()
     if "experts" in names and not layers_with_experts(model):
         if settings.metrics != "all":
             raise UserError(f"metrics=experts: {out_dir} has no experts")
@@ -1086,60 +1046,44 @@ def analyze_run(out_dir, folder, settings, device):
     layers = None if settings.layers == "all" else list(dict.fromkeys(map(int, settings.layers.split(","))))
     if layers and max(layers) > config.n_layer:
         raise UserError(f"--layers={settings.layers}: {out_dir} has layers 1 to {config.n_layer}")
-
-    def batches(tokens, batch_size):
-        return load_batches(folder, config, tokens, batch_size, settings.block_size, device)
-
-    text = batches(settings.tokens, settings.batch_size)
+    options = {"jacobian": {"layers": layers, "own_token": settings.own_token}}  # what a measure needs besides data
+    if "choices" in names:
+        if not checkpoint["tokenizer"]:
+            raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
+        questions = read_questions(settings.choices)
+        options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
+    text = load_batches(folder, config, settings.tokens, settings.batch_size, settings.block_size, device)
+    some = load_batches(folder, config, settings.jacobian_tokens, 1, settings.block_size, device)
     n_tokens = sum(idx.numel() for idx, _ in text)
     print(f"{out_dir}: {config.norm}, {config.n_layer} layers x {config.n_embd}, step {checkpoint['step']}; ", end="")
     print(f"{n_tokens:,} held-out tokens of {folder}" + ", all there are" * (n_tokens < settings.tokens), flush=True)
     result = {"run": {"out_dir": str(out_dir), "norm": config.norm, "n_layer": config.n_layer, "n_embd": config.n_embd}}
     result["run"].update(step=checkpoint["step"], data=str(folder), tokens=n_tokens)
 
-    # the classes share one pass, the functions make their own; some need other data than the text, or options
-    data, options = {}, {}
+    label = Path(out_dir).name
     if "usefulness" in names:
         options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{label}: affine maps"))}
-    some = batches(settings.jacobian_tokens, 1)
-    for name in {"jacobian", "end_to_end"}.intersection(names):
-        data[name] = progress(some, f"{label}: {name}")
-    if "jacobian" in names:
-        options["jacobian"] = {"layers": layers, "own_token": settings.own_token}
-    if "choices" in names:
-        if not checkpoint["tokenizer"]:
-            raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-        data["choices"] = read_questions(settings.choices)
-        options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
-    measures = {}
+    shared = {}  # the classes share one pass, the functions make their own
     for name in names:
         compute = functools.partial(MEASURES[name].compute, model, **options.get(name, {}))
         if isinstance(MEASURES[name].compute, type):
-            measures[name] = compute()
+            shared[name] = compute()
+        elif name == "choices":
+            result[name] = compute(questions)
         else:
-            result[name] = compute(data.get(name) or progress(text, f"{label}: {name}"))
-    if measures:
-        result.update(one_pass(model, progress(text, f"{label}: {', '.join(measures)}"), measures))
+            result[name] = compute(progress(some if name in ("jacobian", "end_to_end") else text, f"{label}: {name}"))
+    if shared:
+        result.update(one_pass(model, progress(text, f"{label}: {', '.join(shared)}"), shared))
     if "jacobian" in names:
         result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in some)
     return result
 
 
-def weight_ratio(result, first):
-    """Norms of a run's weights over the first run's, {"attn": (L), "mlp": (L)} (GPAS Figure 6), or {} where they have
-    different numbers of layers."""
-    if "weights" not in result or result["run"]["n_layer"] != first["run"]["n_layer"]:
-        return {}
-    return {part: result["weights"][f"{part}_norm"] / first["weights"][f"{part}_norm"] for part in ("attn", "mlp")}
-
-
-IMAGES = "maps", "matrices"  # too large for text: they are in the figures
-
-
 def plain(value):
-    """`value` for JSON: tensors as lists, what is not a number (or not finite) as null, IMAGES left out."""
+    """`value` for JSON: tensors as lists, what is not a number (or not finite) as null. Attention maps and Jacobians,
+    too large for text, are left out: they are in the figures."""
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if k not in IMAGES}
+        return {k: plain(v) for k, v in value.items() if k not in ("maps", "matrices")}
     if torch.is_tensor(value):
         return plain(value.tolist())
     if isinstance(value, list):
@@ -1147,42 +1091,72 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(value):
-    """A cell of a table: four digits, a dash for what there is not."""
-    if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.4g}"
-    return str(value)
+def save_json(path, value):
+    save_whole(path, lambda file: file.write(json.dumps(plain(value)).encode() + b"\n"))
 
 
 def print_table(head, rows):
-    """Rows of cells (strings) under a head, the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+    """Rows of texts and numbers (four digits, a dash for nan) under a head, the first column to the left, the others to
+    the right."""
+    table = [head]
+    for row in rows:
+        table.append([f"{cell:.4g}".replace("nan", "-") if isinstance(cell, float) else str(cell) for cell in row])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *others in table:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]))
     print()
 
 
 def print_run(result):
     """A table a group of measures, one row a layer."""
     for group, columns in shown_columns(result).items():
-        values = torch.stack([by_layer for _, by_layer in columns], dim=1).tolist()  # (L + 1, columns)
-        rows = [[str(l or "embedding"), *map(show, row)] for l, row in enumerate(values)]
-        has_embedding = not all(map(math.isnan, values[0]))
+        values = torch.stack(list(columns.values()), dim=1)  # (L + 1, columns)
+        rows = [[l or "embedding", *row] for l, row in enumerate(values.tolist())]
         print(f"\n{group}")
-        print_table(["layer", *(column.title for column, _ in columns)], rows if has_embedding else rows[1:])
+        print_table(["layer", *columns], rows[1:] if values[0].isnan().all() else rows)
 
 
 def print_totals(results):
     """The runs' whole-model numbers, a column a run."""
     totals = {name: shown_totals(result) for name, result in results.items()}
-    titles = list(dict.fromkeys(title for of_run in totals.values() for title in of_run))
-    rows = [[title, *(show(of_run.get(title, math.nan)) for of_run in totals.values())] for title in titles]
+    titles = dict.fromkeys(title for of_run in totals.values() for title in of_run)
+    rows = [[title, *(of_run.get(title, math.nan) for of_run in totals.values())] for title in titles]
     if rows:
         print_table(["", *totals], rows)
 
 
+def analyze_runs(settings, device):
+    """Measures the runs one after the other: tables, analysis.json and figures."""
+    data = {}
+    for out_dir in settings.out_dirs:  # before the long part: what can be missing
+        data[out_dir] = find_data(settings, load_run(out_dir)[1])
+        read_log(run_folder(out_dir) / "log.jsonl")
+    is_single = len(settings.out_dirs) == 1
+    folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [Path(out_dir).name for out_dir in settings.out_dirs]
+    names = settings.out_dirs if len(set(names)) < len(names) else names
+    results, ratios = {}, {}
+    for name, out_dir in zip(names, settings.out_dirs):
+        result = results[name] = analyze_run(out_dir, data[out_dir], settings, device)
+        first = results[names[0]]
+        if "weights" in result and result is not first and result["run"]["n_layer"] == first["run"]["n_layer"]:
+            ratios[name] = {}
+            for part in ("attn", "mlp"):  # (L): norms of the weights over those of the first run (GPAS Figure 6)
+                ratio = result["weights"][f"{part}_norm"] / first["weights"][f"{part}_norm"]
+                ratios[name][part] = result["weights"][f"{part}_norm_ratio"] = ratio
+        print_run(result)
+    print_totals(results)
+    content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": ratios}
+    save_json(folder / "analysis.json", content)
+    print(f"wrote {folder}/analysis.json")
+    if settings.figures:
+        print(f"and {', '.join(sum((draw(results, folder) for draw in FIGURES), []))}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures. `results` is {run: result}; each function returns the names of the files that it wrote to `folder`
+# Figures. `results` is {run: result}; each function draws into `folder` and returns the names of its files
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a dash and a marker for readers of grey.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"
@@ -1232,206 +1206,173 @@ def save(fig, path, title):
     return path.name
 
 
-def image(axis, matrix, title, xlabel, ylabel, **options):
-    """A heat map of (rows, columns), both numbered from 1."""
-    n, m = matrix.shape
-    extent = (0.5, m + 0.5, n + 0.5, 0.5)
-    drawn = axis.imshow(matrix.cpu().numpy(), extent=extent, aspect="auto", interpolation="nearest", **options)
-    axis.set_title(title, fontsize=8)
-    label(axis, xlabel, ylabel)
-    axis.grid(False)
-    for side in (axis.xaxis, axis.yaxis):
-        side.get_major_locator().set_params(integer=True)
-    return drawn
+def draw_lines(path, title, panels, names=(), n_columns=3, xticks=None):
+    """Writes a figure of lines, a panel for each (xlabel, ylabel, {name: (x, y)}), with one legend; [the file's name],
+    or [] without panels.
+
+    A third element after x and y is a deviation, drawn as a band around y. A panel is logarithmic where its values are
+    positive and span more than a factor of ten. A name has one style in all panels, and in all figures whose `names`
+    begin alike. `xticks`: the values of x where they are not layers or steps.
+    """
+    if not panels:
+        return []
+    fig, axes = grid(len(panels), n_columns, 11 / n_columns, 8 / n_columns)
+    styles = line_styles(dict.fromkeys([*names, *(name for _, _, lines in panels for name in lines)]))
+    for axis, (xlabel, ylabel, lines) in zip(axes, panels):
+        for name, (x, y, *_) in lines.items():
+            axis.plot(x, y, label=name, markevery=max(1, len(x) // 12), **styles[name])
+        low, high = axis.dataLim.intervaly
+        if low > 0 and high > 10 * low:
+            axis.set_yscale("log")
+        for name, (x, y, *deviation) in lines.items():
+            for d in deviation:
+                axis.fill_between(x, y - d, y + d, color=styles[name]["color"], alpha=0.2, lw=0)
+        label(axis, xlabel, ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if xticks:
+            axis.set_xscale("log" if 0 < 4 * xticks[0] <= xticks[-1] else "linear")
+            axis.set_xticks(xticks, map(str, xticks))
+            axis.minorticks_off()
+    legend(fig, axes)
+    return [save(fig, path, title)]
 
 
-def draw_columns(results, folder):
-    """For each group of measures a figure of its columns, the runs over each other."""
-    styles, groups, names = line_styles(results), {}, []  # groups: {group: {title: (Column, {run: values})}}
-    for run_name, result in results.items():
-        for group, columns in shown_columns(result).items():
-            for column, values in columns:
-                _, lines = groups.setdefault(group, {}).setdefault(column.title, (column, {}))
-                lines[run_name] = values
-    for group, panels in groups.items():
-        fig, axes = grid(len(panels))
-        for axis, (column, lines) in zip(axes, panels.values()):
-            for run_name, values in lines.items():
-                layers = values.isfinite().nonzero().flatten()
-                axis.plot(layers.numpy(), values[layers].numpy(), label=run_name, **styles[run_name])
-            if column.line:
-                axis.axhline(column.line[0], color="black", lw=0.8, ls="--", label=column.line[1])
-            low, high = axis.dataLim.intervaly
-            if column.log and low > 0 and high > 10 * low:
-                axis.set_yscale("log")
-            has_embedding = any(values[0].isfinite() for values in lines.values())
-            label(axis, "layer (0: embedding)" if has_embedding else "layer", column.label or column.title)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        legend(fig, axes)
-        names.append(save(fig, folder / f"{group}.png", GROUPS.get(group, group)))
-    return names
-
-
-def draw_matrices(results, folder):
-    """The measures' matrices, a map a run on one scale."""
-    names = []
-    for name, measure in MEASURES.items():
-        measured = {run_name: result[name] for run_name, result in results.items() if name in result}
-        if not measure.matrix or not measured:
-            continue
-        title, rows, columns, get = measure.matrix
-        matrices = {run_name: get(r) for run_name, r in measured.items()}
-        highest = max(m[m.isfinite()].max().item() if m.isfinite().any() else 1.0 for m in matrices.values())
-        fig, axes = grid(len(matrices), height=3.1)
-        for axis, (run_name, matrix) in zip(axes, matrices.items()):
-            drawn = image(axis, matrix, run_name, columns, rows, vmin=0, vmax=highest)
-        fig.colorbar(drawn, ax=axes, fraction=0.05)
-        names.append(save(fig, folder / f"{name}_map.png", title))
-    return names
+def draw_maps(path, title, maps, xlabel, ylabel, n_columns=3):
+    """Writes a figure of heat maps on one scale, a panel for each (title, matrix); [the file's name], or [] without
+    maps. Rows and columns are numbered from 1."""
+    if not maps:
+        return []
+    values = torch.cat([matrix.flatten() for _, matrix in maps])
+    highest = max(values[values.isfinite()].tolist(), default=1.0)
+    fig, axes = grid(len(maps), n_columns, min(3.6, 11 / n_columns), min(3.1, 10 / n_columns))
+    for axis, (name, matrix) in zip(axes, maps):
+        n, m = matrix.shape
+        options = {"extent": (0.5, m + 0.5, n + 0.5, 0.5), "aspect": "auto", "interpolation": "nearest"}
+        drawn = axis.imshow(matrix.cpu().numpy(), vmin=0, vmax=highest, **options)
+        axis.set_title(name, fontsize=8)
+        label(axis, xlabel, ylabel)
+        axis.grid(False)
+        for side in (axis.xaxis, axis.yaxis):
+            side.get_major_locator().set_params(integer=True)
+    fig.colorbar(drawn, ax=axes, fraction=0.03)
+    return [save(fig, path, title)]
 
 
 def spread(n, most):
     """At most `most` indices of range(n), evenly spaced, the first and the last included."""
-    return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]
+    return torch.linspace(0, n - 1, min(n, most)).round().int().tolist()
+
+
+def of_measure(results, name):
+    """{run: result of the measure}, of the runs that have it."""
+    return {run_name: result[name] for run_name, result in results.items() if name in result}
+
+
+def draw_columns(results, folder):
+    """For each group of measures a figure of its columns, the runs over each other."""
+    groups = {}  # {group: {title: its panel}}
+    for run_name, result in results.items():
+        for group, columns in shown_columns(result).items():
+            for title, values in columns.items():
+                layers = values.isfinite().nonzero().flatten()
+                panel = "layer (0: embedding)" if 0 in layers else "layer", title, {}
+                _, _, lines = groups.setdefault(group, {}).setdefault(title, panel)
+                lines[run_name] = layers, values[layers]
+    written = []
+    for group, panels in groups.items():
+        written += draw_lines(folder / f"{group}.png", group, panels.values(), results)
+    return written
+
+
+def draw_matrices(results, folder):
+    """The measures' matrices, a map a run on one scale."""
+    written = []
+    for name, measure in MEASURES.items():
+        if measure.matrix:
+            title, rows, columns, get = measure.matrix
+            maps = [(run_name, get(result)) for run_name, result in of_measure(results, name).items()]
+            written += draw_maps(folder / f"{name}_map.png", title, maps, columns, rows)
+    return written
 
 
 def draw_jacobians(results, folder):
     """|J|^0.3 of up to four layers, a row of maps a run (Sparsity Figure 12)."""
-    jacobians = {run_name: result["jacobian"] for run_name, result in results.items() if "jacobian" in result}
-    if not jacobians:
-        return []
-    n_columns = min(4, max(len(r["layers"]) for r in jacobians.values()))
-    fig, axes = grid(len(jacobians) * n_columns, n_columns, 2.9, 2.8)
-    for row, (run_name, r) in enumerate(jacobians.items()):
-        shown, row_axes = spread(len(r["layers"]), 4), axes[row * n_columns : (row + 1) * n_columns]
-        for axis, i in zip(row_axes, shown):
-            title, labels = f"{run_name}, layer {int(r['layers'][i])}", ("input dimension", "output dimension")
-            drawn = image(axis, r["matrices"][i].abs() ** 0.3, title, *labels, vmin=0, vmax=1)
-        for axis in row_axes[len(shown) :]:
-            axis.set_axis_off()
-    fig.colorbar(drawn, ax=axes, fraction=0.03, extend="max")
-    return [save(fig, folder / "jacobian_maps.png", "Jacobian, |J|^0.3")]
+    measured, maps = of_measure(results, "jacobian"), []
+    n_columns = min([4, *(len(r["layers"]) for r in measured.values())])
+    for run_name, r in measured.items():
+        for i in spread(len(r["layers"]), n_columns):
+            maps.append((f"{run_name}, layer {r['layers'][i]}", (r["matrices"][i].abs() ** 0.3).clamp(max=1)))
+    path, title = folder / "jacobian_maps.png", "Jacobian, |J|^0.3, cut at 1"
+    return draw_maps(path, title, maps, "input dimension", "output dimension", n_columns)
 
 
 def draw_attention(results, folder):
-    """A^0.2 of up to four layers by up to four heads, a file a run (Sparsity Figure 6)."""
-    names = []
-    for run_name, result in results.items():
-        if "attention" not in result:
-            continue
-        maps = result["attention"]["maps"]
+    """A^0.2 of up to four layers by up to four heads, and of head 1 of every layer, two files a run (Sparsity
+    Figure 6)."""
+    written = []
+    for run_name, r in of_measure(results, "attention").items():
+        ending = ".png" if len(results) == 1 else f"_{run_name.replace('/', '_')}.png"
+        maps = r["maps"] ** 0.2  # (L, n_head, P, P)
         layers, heads = spread(maps.shape[0], 4), spread(maps.shape[1], 4)
-        fig, axes = grid(len(layers) * len(heads), len(heads), 2.4, 2.3)
-        for axis, (l, h) in zip(axes, itertools.product(layers, heads)):
-            title, labels = f"layer {l + 1}, head {h + 1}", ("key position", "query position")
-            drawn = image(axis, maps[l, h] ** 0.2, title, *labels, vmin=0, vmax=1)
-        fig.colorbar(drawn, ax=axes, fraction=0.03)
-        file = "attention_maps.png" if len(results) == 1 else f"attention_maps_{run_name.replace('/', '_')}.png"
-        names.append(save(fig, folder / file, f"{run_name}: attention weights A, (mean over sequences)^0.2"))
-    return names
-
-
-def draw_first_heads(results, folder):
-    """A^0.2 of head 1 of every layer, a file a run (Sparsity Figure 6)."""
-    names = []
-    for run_name, result in results.items():
-        if "attention" not in result:
-            continue
-        maps = result["attention"]["maps"][:, 0]
-        fig, axes = grid(len(maps), 6, 2.0, 2.0)
-        for l, (axis, A) in enumerate(zip(axes, maps), 1):
-            drawn = image(axis, A**0.2, f"layer {l}", "key", "query", vmin=0, vmax=1)
-        fig.colorbar(drawn, ax=axes, fraction=0.03)
-        file = "first_heads.png" if len(results) == 1 else f"first_heads_{run_name.replace('/', '_')}.png"
-        names.append(save(fig, folder / file, f"{run_name}: head 1 of every layer, (mean over sequences)^0.2"))
-    return names
+        some = [(f"layer {l + 1}, head {h + 1}", maps[l, h]) for l in layers for h in heads]
+        title = f"{run_name}: attention weights A, (mean over sequences)^0.2"
+        path = folder / f"attention_maps{ending}"
+        written += draw_maps(path, title, some, "key position", "query position", len(heads))
+        some = [(f"layer {l}", A) for l, A in enumerate(maps[:, 0], 1)]
+        title = f"{run_name}: head 1 of every layer, (mean over sequences)^0.2"
+        written += draw_maps(folder / f"first_heads{ending}", title, some, "key", "query", 6)
+    return written
 
 
 def draw_kurtosis(results, folder):
     """The kurtosis of each dimension of up to five states, sorted; a panel a run (Sparsity Eq. 19)."""
-    measured = {run_name: result["stream"] for run_name, result in results.items() if "stream" in result}
-    if not measured:
-        return []
-    fig, axes = grid(len(measured))
-    for axis, (run_name, stream_result) in zip(axes, measured.items()):
-        kurtosis = stream_result["kurtosis_per_dim"].cpu()
-        states = spread(len(kurtosis), 5)
-        for i, style in zip(states, line_styles(states).values()):
-            values = kurtosis[i].sort(descending=True).values
-            axis.plot(values.numpy(), label=f"after layer {i}" if i else "embedding", markevery=0.2, **style)
-        axis.set_yscale("log")
-        axis.set_title(run_name, fontsize=8)
-        label(axis, "dimension, sorted", "kurtosis (3: Gaussian)")
-    legend(fig, axes)
-    return [save(fig, folder / "kurtosis.png", "kurtosis over tokens of each dimension of the stream")]
+    panels = []
+    for run_name, r in of_measure(results, "stream").items():
+        kurtosis, lines = r["kurtosis_per_dim"].cpu().sort(descending=True).values, {}
+        for l in spread(len(kurtosis), 5):
+            lines[f"after layer {l}" if l else "embedding"] = range(kurtosis.shape[1]), kurtosis[l]
+        panels.append(("dimension, sorted", f"{run_name}: kurtosis (3: Gaussian)", lines))
+    return draw_lines(folder / "kurtosis.png", "kurtosis over tokens of each dimension of the stream", panels)
 
 
-# What a run's log holds over training: the axis's label, and whether it spans orders of magnitude.
-LOGGED = {
-    "loss": ("training loss, nats", False),
-    "val_loss": ("held-out loss, nats", False),
-    "grad_norm": ("gradient norm", True),
-    "variance": ("variance", True),
-    "attn_variance": ("attention variance", True),
-    "mlp_variance": ("MLP variance", True),
-    "magnitude": ("mean |x|", True),
-    "largest": ("largest |x|", True),
-    "kurtosis": ("kurtosis", True),
-    "embed_variance": ("variance of the embedding's output", True),
-    "attn_out_gain": ("gain of the attention's output norm", False),
-    "mlp_out_gain": ("gain of the MLP's output norm", False),
-    "grad_norms": ("gradient norm, held-out", True),
-    "step_grad_norms": ("gradient norm of a step", True),
-    "grad_variance": ("gradient variance", True),
-    "gates": ("gate a", False),
-}
+# What draw_training shows of a run's log.
+LOGGED = "loss val_loss grad_norm variance attn_variance mlp_variance magnitude largest kurtosis embed_variance".split()
+LOGGED += "attn_out_gain mlp_out_gain grad_norms step_grad_norms grad_variance gates".split()
+
+
+def logged(log, key):
+    """(steps, values) of what a log holds under a key: one value for each step, float64, of any shape."""
+    records = [record for record in log if key in record]
+    values = torch.tensor([record[key] for record in records], dtype=torch.float64)
+    return [record["step"] for record in records], values
 
 
 def draw_training(results, folder):
-    """What changes over training, from the logs. Of what has a number for each layer, a single run shows every layer,
-    several runs show their last one, or the mean of the gates."""
-    import matplotlib
-
-    folders = [(run_name, run_folder(r["run"]["out_dir"])) for run_name, r in results.items()]
-    stages = {folder: run_name for run_name, folder in reversed(folders)}  # the first of several stages of a run
-    logs = {run_name: read_log(folder / "log.jsonl") for folder, run_name in stages.items()}
-    logged = {key for log in logs.values() for record in log for key in record}
-    keys = [key for key in LOGGED if key in logged]
-    if not keys:
-        return []
-    is_single, styles = len(logs) == 1, line_styles(results)
-    fig, axes = grid(len(keys))
-    for axis, key in zip(axes, keys):
-        title, is_log = LOGGED[key]
+    """What changes over training, from the logs. Of what has a number for each layer, a single run shows up to eight
+    layers, several runs show their last one, or the mean of the gates."""
+    paths = {}
+    for run_name, result in results.items():
+        paths.setdefault(run_folder(result["run"]["out_dir"]) / "log.jsonl", run_name)  # stages of a run have one log
+    logs, panels = {run_name: read_log(path) for path, run_name in paths.items()}, []
+    for key in LOGGED:
+        lines = {}
         for run_name, log in logs.items():
-            steps = [record["step"] for record in log if key in record]
-            values = torch.tensor([record[key] for record in log if key in record], dtype=torch.float64)
+            steps, values = logged(log, key)
             if values.dim() == 3:  # a gate for each sub-layer
                 values = values.mean(2)
-            if values.dim() == 2 and is_single:
-                title = f"{title}, each layer"
-                colors = matplotlib.colormaps["viridis"].resampled(values.shape[1])
-                for l, line in enumerate(values.T):
-                    axis.plot(steps, line.numpy(), color=colors(l), lw=1)
-                continue
-            if values.dim() == 2:
-                title = LOGGED[key][0] + (", mean" if key == "gates" else ", last layer")
-                values = values.mean(1) if key == "gates" else values[:, -1]
-            axis.plot(steps, values.numpy(), label=run_name, markevery=0.15, **styles[run_name])
-        label(axis, "step", title)
-        if is_log:
-            axis.set_yscale("log")
-    if is_single:
-        n_layer = next(iter(results.values()))["run"]["n_layer"]
-        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, n_layer), "viridis")
-        bar = fig.colorbar(scale, ax=axes, fraction=0.03)
-        bar.set_label("layer", fontsize=8)
-        bar.ax.yaxis.get_major_locator().set_params(integer=True)
-    legend(fig, axes)
-    return [save(fig, folder / "dynamics.png", "training")]
+            if values.dim() == 1 and steps:
+                lines[run_name] = steps, values
+            elif steps and len(logs) == 1:
+                lines |= {f"layer {l + 1}": (steps, values[:, l]) for l in spread(values.shape[1], 8)}
+            elif steps:
+                lines[run_name] = steps, values.mean(1) if key == "gates" else values[:, -1]
+        if lines:
+            panels.append(("step", key, lines))
+    title = "training, losses in nats" + "; the last layer, the mean of the gates" * (len(logs) > 1)
+    return draw_lines(folder / "dynamics.png", title, panels, results)
 
 
-FIGURES = draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_first_heads, draw_kurtosis, draw_training
+FIGURES = draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_kurtosis, draw_training
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1444,6 +1385,12 @@ IGNORED = "out_dir overwrite init_from device jobs freeze_gates vocab_size".spli
 IGNORED += "eval_iters last_eval_iters eval_interval log_interval keep_every sample_tokens".split()  # how it is watched
 
 
+def is_sweep(folder):
+    """Whether a folder holds runs (train.py gives each a train.log) instead of being one."""
+    names = {path.name for path in Path(folder).glob("*/*")}
+    return not (Path(folder) / "ckpt.pt").exists() and not names.isdisjoint(["ckpt.pt", "train.log"])
+
+
 def read_sweep(folder, settings, device):
     """The runs in the sub-folders of a sweep, a list of dicts:
 
@@ -1451,52 +1398,54 @@ def read_sweep(folder, settings, device):
     state     finished, unfinished or diverged; `step` is that of the checkpoint
     loss      the last held-out loss, nats
     columns   {title: (L) float64}, totals {title: number}: from the log, and of --metrics if some are asked for
-    curves    {title: (steps, values)} over training
+    curves    {title: [(step, value)]} over training
     """
     runs, given = [], []
     for run_dir in sorted(path.parent for path in folder.glob("*/ckpt.pt")):
         model, checkpoint = load_run(run_dir, device)
-        log, of_run = read_log(run_dir / "log.jsonl"), checkpoint["settings"]
-        reports = [record for record in log if "variance" in record]
-        is_finished = checkpoint["step"] >= of_run.get("max_iters", 0)
-        state = "diverged" if any("diverged" in r for r in log) else "finished" if is_finished else "unfinished"
-        entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint["val_loss"]}
-        entry |= {"columns": {}, "totals": {}, "curves": {}}
-        if reports:
-            entry["columns"]["variance"] = torch.tensor(reports[-1]["variance"], dtype=torch.float64)
-            entry["totals"]["last variance"] = reports[-1]["variance"][-1]
-            entry["curves"]["last layer's variance"] = [(r["step"], r["variance"][-1]) for r in reports]
-            if "gates" in reports[-1]:
-                gates = torch.tensor(reports[-1]["gates"], dtype=torch.float64)
-                scales = gate_scale(gates, model.config.gpas_act).reshape(len(gates), -1).mean(1)
-                entry["columns"]["1 - act(a)"], entry["totals"]["mean gate scale"] = scales, scales.mean().item()
-        entry["curves"]["training loss, nats"] = [(r["step"], r["loss"]) for r in log if "loss" in r]
+        log, columns, totals, curves = read_log(run_dir / "log.jsonl"), {}, {}, {}
+        given.append(checkpoint["settings"])
+        state = "finished" if checkpoint["step"] >= given[-1].get("max_iters", 0) else "unfinished"
+        if any("diverged" in record for record in log):
+            state = "diverged"
+        steps, variance = logged(log, "variance")  # (steps, L)
+        if steps:
+            columns["variance"], totals["last variance"] = variance[-1], variance[-1, -1].item()
+            curves["last layer's variance"] = list(zip(steps, variance[:, -1].tolist()))
+        steps, gates = logged(log, "gates")  # (steps, L), or (steps, L, 2) with one a sub-layer
+        if steps:
+            scales = gate_scale(gates[-1], model.config.gpas_act).reshape(gates.shape[1], -1).mean(1)
+            columns["1 - act(a)"], totals["mean gate scale"] = scales, scales.mean().item()
+        steps, losses = logged(log, "loss")
+        curves["training loss, nats"] = list(zip(steps, losses.tolist()))
         if settings.metrics != "all" and state == "finished":
             result = analyze_run(run_dir, find_data(settings, checkpoint), settings, device)
-            entry["totals"] |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
-            for column, values in (pair for columns in shown_columns(result).values() for pair in columns):
-                entry["columns"][column.label or column.title] = values[1:]
-        runs.append(entry), given.append({k: str(v) if isinstance(v, (list, dict)) else v for k, v in of_run.items()})
+            totals |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
+            for group in shown_columns(result).values():
+                columns |= {title: values[1:] for title, values in group.items()}
+        entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint["val_loss"]}
+        runs.append(entry | {"columns": columns, "totals": totals, "curves": curves})
     if not runs:
-        raise UserError(f"{folder} holds neither ckpt.pt nor folders of runs")
+        raise UserError(f"no run in {folder} has saved a checkpoint yet")
+    given = [{k: str(v) if isinstance(v, (list, dict)) else v for k, v in of_run.items()} for of_run in given]
     names = differing(given)
     for entry, of_run in zip(runs, given):
-        entry["settings"] = {name: of_run.get(name) for name in names}
+        entry["settings"] = {name: of_run[name] for name in names}
     return runs
 
 
 def differing(given):
-    """The settings in which runs differ, {name: value} each: norm first, the seed last."""
-    known = set.intersection(*(set(of_run) for of_run in given)).difference(IGNORED)
-    differ = [name for name in known if len({of_run.get(name) for of_run in given}) > 1]
+    """The names of the settings in which runs differ, of the settings of each: norm first, the seed last."""
+    known = set(given[0]).intersection(*given).difference(IGNORED)
+    differ = {name for name in known if len({of_run[name] for of_run in given}) > 1}
 
     def decides(one, other):
-        pairs = {(of_run.get(one), of_run.get(other)) for of_run in given}
-        return len(pairs) == len({of_run.get(one) for of_run in given})
+        pairs = {(of_run[one], of_run[other]) for of_run in given}
+        return len(pairs) == len({value for value, _ in pairs})
 
-    primary = [name for name in differ if name not in DERIVED]
-    primary += [n for n in differ if n in DERIVED and not any(decides(p, n) for p in primary if p != "seed")]
-    return sorted(primary, key=lambda name: (name != "norm", name == "seed", name != "learning_rate", name))
+    deciding = differ.difference(DERIVED, ["seed"])
+    decided = {name for name in differ.intersection(DERIVED) if any(decides(one, name) for one in deciding)}
+    return sorted(differ - decided, key=lambda name: (name != "norm", name == "seed", name != "learning_rate", name))
 
 
 def by_group(runs, without=("seed",)):
@@ -1508,44 +1457,41 @@ def by_group(runs, without=("seed",)):
     return dict(sorted(groups.items(), key=lambda item: [(str(type(v)), v) for _, v in item[0]]))
 
 
-def mean_and_deviation(values):
-    """(mean, standard deviation with n - 1, n) of numbers; nan where there are too few."""
-    n = len(values)
-    return statistics.fmean(values) if n else math.nan, statistics.stdev(values) if n > 1 else math.nan, n
-
-
 def finished_losses(runs):
     return [entry["loss"] for entry in runs if entry["state"] == "finished" and entry["loss"] is not None]
 
 
 def best_groups(runs):
-    """The groups of by_group at the learning rate of smallest mean loss, or all where it does not differ."""
+    """The groups of by_group, of those that differ in the learning rate alone the one of smallest mean loss."""
     best = {}
-    for key, group in by_group(runs).items():
-        others = tuple(pair for pair in key if pair[0] != "learning_rate")
-        loss = mean_and_deviation(finished_losses(group))[0]
-        if not math.isnan(loss) and loss < best.get(others, (math.inf,))[0]:
-            best[others] = loss, key, group
-    return {key: group for _, key, group in best.values()}
+    for others in by_group(runs, without=("seed", "learning_rate")).values():
+        groups = {key: group for key, group in by_group(others).items() if finished_losses(group)}
+        if groups:
+            key = min(groups, key=lambda key: statistics.fmean(finished_losses(groups[key])))
+            best[key] = groups[key]
+    return best
 
 
-def paired_difference(group, runs, name, baseline):
-    """(mean, standard error, n) of the losses of a group minus those of the runs that differ from them in the setting
-    `name` alone, where it is `baseline`: the same seeds, hence the same batches."""
-    losses = {tuple(entry["settings"].items()): entry["loss"] for entry in runs if entry["state"] == "finished"}
-    pairs = []
+def paired_differences(group, runs, name, baseline):
+    """The losses of a group minus those of the runs that differ from them in the setting `name` alone, where it is
+    `baseline`: the same seeds, hence the same batches."""
+    losses = {tuple(entry["settings"].values()): entry["loss"] for entry in runs if entry["state"] == "finished"}
+    differences = []
     for entry in group:
-        partner = losses.get(tuple((entry["settings"] | {name: baseline}).items()))
+        partner = losses.get(tuple((entry["settings"] | {name: baseline}).values()))
         if entry["state"] == "finished" and partner is not None:
-            pairs.append(entry["loss"] - partner)
-    mean, deviation, n = mean_and_deviation(pairs)
-    return mean, deviation / math.sqrt(n) if n else math.nan, n
+            differences.append(entry["loss"] - partner)
+    return differences
 
 
-def plus_minus(mean, spread, n, digits=4):
-    if not n:
+def plus_minus(values, digits=4, standard_error=False):
+    """The mean of numbers, ± their standard deviation (n - 1) or the standard error of the mean, and their number."""
+    if not values:
         return "-"
-    return f"{mean:.{digits}g} ({n})" if math.isnan(spread) else f"{mean:.{digits}g} ± {spread:.2g} ({n})"
+    n, text = len(values), f"{statistics.fmean(values):.{digits}g}"
+    if n > 1:
+        text += f" ± {statistics.stdev(values) / (math.sqrt(n) if standard_error else 1):.2g}"
+    return f"{text} ({n})"
 
 
 def sweep_tables(runs, baseline):
@@ -1558,121 +1504,97 @@ def sweep_tables(runs, baseline):
     if "learning_rate" in names:
         tables["Each at its best learning rate"] = best_groups(runs)
     for title, groups in tables.items():
-        rows = []
+        text += ["", f"**{title}**", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
         for key, group in groups.items():
             states = [entry["state"] for entry in group]
             row = [str(value) for _, value in key]
-            row.append(plus_minus(*mean_and_deviation(finished_losses(group)), digits=5))
-            row.append(plus_minus(*paired_difference(group, runs, names[0], baseline), digits=3))
+            row.append(plus_minus(finished_losses(group), digits=5))
+            row.append(plus_minus(paired_differences(group, runs, names[0], baseline), 3, standard_error=True))
             row += [str(states.count("diverged")), str(states.count("unfinished"))]
             for total in titles:
                 values = [entry["totals"].get(total) for entry in group if entry["state"] == "finished"]
-                values = [value for value in values if value is not None]
-                row.append(plus_minus(*mean_and_deviation(values)))
-            rows.append(row)
-        lines = [head, ["---"] * len(head), *rows]
-        text += ["", f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in lines)]
+                row.append(plus_minus([value for value in values if value is not None]))
+            text.append("| " + " | ".join(row) + " |")
     return "\n".join(text) + "\n"
 
 
-def draw_against(runs, name, folder):
+def mean_line(points):
+    """(x, mean, deviation) for draw_lines of {x: a list of numbers, one for each seed}; the deviation of one is 0."""
+    columns = [torch.tensor(values, dtype=torch.float64) for values in points.values()]
+    deviation = [column.std() if len(column) > 1 else 0.0 for column in columns]
+    return list(points), torch.tensor([column.mean() for column in columns]), torch.tensor(deviation)
+
+
+def draw_losses(runs, name, folder):
     """Held-out loss against a setting with numbers, a line for each combination of the others: mean, and the standard
-    deviation over seeds. A cross at the top says that a run diverged there."""
+    deviation over seeds. The legend says where runs diverged."""
     lines = {}
-    for key, group in by_group(runs).items():
-        others = ", ".join(str(value) for other, value in key if other != name) or "all"
-        losses = finished_losses(group)
-        n_diverged = sum(entry["state"] == "diverged" for entry in group)
-        lines.setdefault(others, []).append((dict(key)[name], *mean_and_deviation(losses)[:2], n_diverged))
-    fig, (axis,) = grid(1, width=5.5, height=3.8)
-    for title, style in line_styles(lines).items():
-        x, mean, deviation, n_diverged = zip(*lines[title])
-        axis.errorbar(x, mean, [0 if math.isnan(d) else d for d in deviation], label=title, capsize=2, **style)
-        crosses = [value for value, n in zip(x, n_diverged) if n]
-        axis.plot(crosses, [0.98] * len(crosses), "x", color=style["color"], transform=axis.get_xaxis_transform())
-    values = [entry["settings"][name] for entry in runs]
-    if min(values) > 0 and max(values) >= 4 * min(values):
-        axis.set_xscale("log")
-    label(axis, name, "held-out loss, nats")
-    legend(fig, [axis])
-    return save(fig, folder / f"loss_by_{name}.svg", f"Held-out loss against {name}, mean and deviation over seeds")
+    for key, others in by_group(runs, without=("seed", name)).items():
+        line, points = ", ".join(str(value) for _, value in key) or "all", {}
+        for value, group in ((dict(k)[name], g) for k, g in by_group(others).items()):
+            if finished_losses(group):
+                points[value] = finished_losses(group)
+            if any(entry["state"] == "diverged" for entry in group):
+                line += f", diverged at {value}"
+        lines[line] = mean_line(points)
+    path, title = folder / f"loss_by_{name}.svg", f"Held-out loss against {name}, mean and deviation over seeds"
+    values = sorted({entry["settings"][name] for entry in runs})
+    return draw_lines(path, title, [(name, "held-out loss, nats", lines)], (), 2, values)
 
 
-def draw_bands(runs, folder):
+def draw_groups(runs, folder):
     """At its best learning rate, each group's layers (variance, gates, what was measured) and curves over training:
     mean over seeds, and one standard deviation around it."""
-    groups, panels = best_groups(runs) or by_group(runs), {}  # panels: {(kind, title): {group: [(x, y) of each entry]}}
-    for key, group in groups.items():
-        line = ", ".join(str(value) if name == "norm" else f"{name}={value}" for name, value in key) or "all"
-        for entry in group:
-            for title, values in entry["columns"].items():
-                points = list(enumerate(values.tolist(), 1))
-                panels.setdefault(("layers", title), {}).setdefault(line, []).append(points)
-            for title, points in ((t, p) for t, p in entry["curves"].items() if p):
-                panels.setdefault(("training", title), {}).setdefault(line, []).append(points)
+    groups = {}
+    for key, group in (best_groups(runs) or by_group(runs)).items():
+        groups[", ".join(str(value) if name == "norm" else f"{name}={value}" for name, value in key) or "all"] = group
     written = []
-    for kind, xlabel in (("layers", "layer"), ("training", "step")):
-        chosen = {title: lines for (of_kind, title), lines in panels.items() if of_kind == kind}
-        if not chosen:
-            continue
-        fig, axes = grid(len(chosen), 2, width=4.5, height=3.2)
-        styles = line_styles(list(dict.fromkeys(line for lines in chosen.values() for line in lines)))
-        for axis, (title, lines) in zip(axes, chosen.items()):
-            for line, curves in lines.items():
-                x = [step for step, _ in curves[0]]
-                y = torch.tensor([[value for _, value in c] for c in curves if len(c) == len(x)], dtype=torch.float64)
-                mean, deviation = y.mean(0), y.std(0) if len(y) > 1 else torch.zeros(len(x))
-                axis.plot(x, mean.tolist(), label=line, markevery=max(1, len(x) // 6), **styles[line])
-                low, high = (mean - deviation).tolist(), (mean + deviation).tolist()
-                axis.fill_between(x, low, high, color=styles[line]["color"], alpha=0.2, lw=0)
-            if "variance" in title:
-                axis.set_yscale("log")
-            label(axis, xlabel, title)
-        legend(fig, axes)
-        what = "Layers" if kind == "layers" else "Training"
-        written.append(save(fig, folder / f"{kind}.svg", f"{what}: mean and deviation over seeds, best learning rate"))
+    for part, xlabel, file in (("columns", "layer", "layers"), ("curves", "step", "training")):
+        titles = {}  # {title: {line: {x: values of the seeds}}}
+        for line, group in groups.items():
+            for title, curve in (pair for entry in group for pair in entry[part].items()):
+                for x, y in enumerate(curve.tolist(), 1) if part == "columns" else curve:
+                    titles.setdefault(title, {}).setdefault(line, {}).setdefault(x, []).append(y)
+        panels = [(xlabel, title, {line: mean_line(p) for line, p in lines.items()}) for title, lines in titles.items()]
+        title = f"{file.capitalize()}: mean and deviation over seeds, best learning rate"
+        written += draw_lines(folder / f"{file}.svg", title, panels, groups, 2)
     return written
 
 
-def same_number(text, value):
-    """Whether a text, such as 1e-3, is the number `value`."""
+def is_value(text, value):
+    """Whether a text of the command line, such as 1e-3, is a setting's value."""
     try:
-        return type(value) in (int, float) and float(text) == value
+        return text == str(value) or json.loads(text) == value
     except ValueError:
         return False
 
 
-def is_sweep(folder):
-    """Whether a folder holds runs instead of being one."""
-    folder = Path(folder)
-    return folder.is_dir() and not (folder / "ckpt.pt").exists() and any(folder.glob("*/ckpt.pt"))
-
-
-def analyze_sweep(settings, device, has_matplotlib):
+def analyze_sweep(settings, device):
     """Tables (sweep.md), raw numbers (sweep.json) and figures of the runs in a folder, written into it."""
     folder = Path(settings.out_dirs[0])
     runs = read_sweep(folder, settings, device)
-    if not any(name != "seed" for name in runs[0]["settings"]):
+    n_young = sum(not log.with_name("ckpt.pt").exists() for log in folder.glob("*/train.log"))
+    if n_young:
+        print(f"runs that have saved no checkpoint yet, left out here: {n_young}")
+    names = [name for name in runs[0]["settings"] if name != "seed"]
+    if not names:
         what = f"the {len(runs)} runs with a checkpoint in {folder} differ in no setting but the seed"
         raise UserError(f"{what}; if more were to be trained, give the command of the sweep again")
-    first = next(iter(runs[0]["settings"]))
-    values = {str(entry["settings"][first]): entry["settings"][first] for entry in runs}
-    baseline = next(iter(values.values()))
-    if settings.baseline is not None:
-        same = [v for text, v in values.items() if settings.baseline == text or same_number(settings.baseline, v)]
-        if not same:
-            raise UserError(f"baseline is {settings.baseline!r}; {first} is one of {', '.join(values)}")
-        baseline = same[0]
-    text = sweep_tables(runs, baseline)
+    values = list(dict.fromkeys(entry["settings"][names[0]] for entry in runs))
+    wanted = settings.baseline or ("pre" if "pre" in values else str(values[0]))
+    baseline = [value for value in values if is_value(wanted, value)]
+    if not baseline:
+        raise UserError(f"baseline is {wanted!r}; {names[0]} is one of {', '.join(map(str, values))}")
+    text = sweep_tables(runs, baseline[0])
     print(text)
     save_whole(folder / "sweep.md", lambda file: file.write(text.encode()))
-    save_whole(folder / "sweep.json", lambda file: file.write(json.dumps(plain(runs)).encode() + b"\n"))
+    save_json(folder / "sweep.json", runs)
     written = ["sweep.md", "sweep.json"]
-    if has_matplotlib and settings.figures is not False:
-        for name in (n for n in runs[0]["settings"] if n != "seed"):
+    if settings.figures:
+        for name in names:
             if all(type(entry["settings"][name]) in (int, float) for entry in runs):
-                written.append(draw_against(runs, name, folder))
-        written += draw_bands(runs, folder)
+                written += draw_losses(runs, name, folder)
+        written += draw_groups(runs, folder)
     print(f"wrote {folder}/{', '.join(written)}")
 
 
@@ -1691,46 +1613,21 @@ def main():
         torch.empty(1, device=device, dtype=torch.float64)
     except (ValueError, RuntimeError, TypeError) as error:  # TypeError: Apple's GPUs have no float64
         raise UserError(f"{str(error).splitlines()[0]} (--device={settings.device})") from None
-    if settings.choices:
-        read_questions(settings.choices)
     has_matplotlib = find_spec("matplotlib") is not None
     if settings.figures and not has_matplotlib:
         raise UserError("figures need matplotlib: pip install matplotlib")
-    if sweeps := [out_dir for out_dir in settings.out_dirs if is_sweep(out_dir)]:
-        if len(settings.out_dirs) > 1:
-            raise UserError(f"{sweeps[0]} is a sweep: name it alone")
-        analyze_sweep(settings, device, has_matplotlib)
-        return
-    if settings.baseline is not None:
-        raise UserError(f"baseline={settings.baseline} has no effect: {settings.out_dirs[0]} is not a sweep of runs")
-    data = {}
-    for out_dir in settings.out_dirs:
-        data[out_dir] = find_data(settings, load_run(out_dir)[1])
-        read_log(run_folder(out_dir) / "log.jsonl")
-    is_single = len(settings.out_dirs) == 1
-    folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
-    folder.mkdir(parents=True, exist_ok=True)
-
-    names = [Path(out_dir).name for out_dir in settings.out_dirs]
-    names = settings.out_dirs if len(set(names)) < len(names) else names
-    results, ratios = {}, {}
-    for name, out_dir in zip(names, settings.out_dirs):
-        results[name] = analyze_run(out_dir, data[out_dir], settings, device)
-        if name != names[0] and (ratio := weight_ratio(results[name], results[names[0]])):
-            ratios[name] = ratio
-            results[name]["weights"].update({f"{part}_norm_ratio": values for part, values in ratio.items()})
-        print_run(results[name])
-    print_totals(results)
-    content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": ratios}
-    save_whole(folder / "analysis.json", lambda file: file.write(json.dumps(plain(content)).encode() + b"\n"))
-    print(f"wrote {folder}/analysis.json")
-    if has_matplotlib and settings.figures is not False:
-        written = []
-        for draw in FIGURES:
-            written += draw(results, folder)
-        print(f"and {', '.join(written)}")
-    elif settings.figures is None:
+    if settings.figures is None and not has_matplotlib:
         print("no figures: they need matplotlib (pip install matplotlib)")
+    settings.figures = has_matplotlib and settings.figures is not False
+    sweeps = [out_dir for out_dir in settings.out_dirs if is_sweep(out_dir)]
+    if sweeps and len(settings.out_dirs) > 1:
+        raise UserError(f"{sweeps[0]} is a sweep: name it alone")
+    if settings.baseline is not None and not sweeps:
+        raise UserError(f"baseline={settings.baseline} has no effect: {settings.out_dirs[0]} is not a sweep of runs")
+    if sweeps:
+        analyze_sweep(settings, device)
+    else:
+        analyze_runs(settings, device)
 
 
 if __name__ == "__main__":

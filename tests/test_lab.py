@@ -10,7 +10,6 @@ from conftest import ROOT  # noqa: F401
 
 import analyze
 import configurator
-from configurator import UserError
 from model import GPT, GPTConfig
 
 
@@ -74,8 +73,7 @@ def test_means_and_states(runs):
     assert (states.count("finished"), states.count("diverged"), states.count("unfinished")) == (11, 1, 1)
     groups = analyze.by_group(runs)
     pre = groups[("norm", "pre"), ("learning_rate", 0.001)]
-    mean, deviation, n = analyze.mean_and_deviation(analyze.finished_losses(pre))
-    assert (mean, deviation, n) == (pytest.approx(2.2), pytest.approx(0.2), 3)
+    assert analyze.plus_minus(analyze.finished_losses(pre)) == "2.2 ± 0.2 (3)"
     lns = groups[("norm", "gpas_lns"), ("learning_rate", 0.001)]
     assert analyze.finished_losses(lns) == [2.5, 2.6]  # the diverged one is not averaged
     assert pre[0]["totals"] == {"last variance": 5.0}
@@ -90,7 +88,9 @@ def test_each_at_its_best_learning_rate(runs):
 def test_paired_differences(runs):
     """Seeds 1 and 2 have both schemes at 0.001, seed 3 diverged: 0.5 and 0.4, a mean of 0.45, an error of 0.05."""
     group = analyze.by_group(runs)[("norm", "gpas_lns"), ("learning_rate", 0.001)]
-    assert analyze.paired_difference(group, runs, "norm", "pre") == pytest.approx((0.45, 0.05, 2))
+    differences = analyze.paired_differences(group, runs, "norm", "pre")
+    assert differences == pytest.approx([0.5, 0.4])
+    assert analyze.plus_minus(differences, standard_error=True) == "0.45 ± 0.05 (2)"
 
 
 def test_program(sweep, runs, monkeypatch, capsys):
@@ -117,8 +117,8 @@ def test_figures(sweep, monkeypatch, capsys):
 
 
 def test_a_baseline_is_a_number_however_it_is_written():
-    assert analyze.same_number("1e-3", 0.001) and analyze.same_number("4", 4)
-    assert not analyze.same_number("pre", 0.001) and not analyze.same_number("1e-3", "pre")
+    assert analyze.is_value("1e-3", 0.001) and analyze.is_value("4", 4) and analyze.is_value("pre", "pre")
+    assert not analyze.is_value("pre", 0.001) and not analyze.is_value("1e-3", "pre")
 
 
 def test_a_run_that_logged_no_training_loss(tmp_path, monkeypatch, capsys, recwarn):
@@ -148,5 +148,7 @@ def test_mistakes(sweep, tmp_path, monkeypatch, capsys):
     ):
         code, _, err = program(monkeypatch, capsys, *args)
         assert code == 2 and message in err and len(err.splitlines()) == 1, err
-    with pytest.raises(UserError, match="holds neither ckpt.pt nor folders of runs"):
-        analyze.read_sweep(tmp_path / "empty", analyze.Settings(["x"]), "cpu")
+    (tmp_path / "young" / "norm=pre").mkdir(parents=True)
+    (tmp_path / "young" / "norm=pre" / "train.log").touch()
+    code, _, err = program(monkeypatch, capsys, tmp_path / "young")
+    assert code == 2 and err == f"error: no run in {tmp_path}/young has saved a checkpoint yet\n"
