@@ -1335,9 +1335,25 @@ def draw_kurtosis(results, folder):
     return draw_lines(folder / "kurtosis.png", "kurtosis over tokens of each dimension of the stream", panels)
 
 
-# What draw_training shows of a run's log.
-LOGGED = "loss val_loss grad_norm variance attn_variance mlp_variance magnitude largest kurtosis embed_variance".split()
-LOGGED += "attn_out_gain mlp_out_gain grad_norms step_grad_norms grad_variance gates".split()
+# What draw_training shows of a run's log, and how its axis names it.
+LOGGED = {
+    "loss": "training loss, nats",
+    "val_loss": "held-out loss, nats",
+    "grad_norm": "gradient norm",
+    "variance": "variance",
+    "attn_variance": "attention variance",
+    "mlp_variance": "MLP variance",
+    "magnitude": "mean |x|",
+    "largest": "largest |x|",
+    "kurtosis": "kurtosis (3: Gaussian)",
+    "embed_variance": "variance of the embedding's output",
+    "attn_out_gain": "gain of the attention's output norm",
+    "mlp_out_gain": "gain of the MLP's output norm",
+    "grad_norms": "gradient norm, held-out batch",
+    "step_grad_norms": "gradient norm of a step",
+    "grad_variance": "gradient variance",
+    "gates": "gate a",
+}
 
 
 def logged(log, key):
@@ -1354,7 +1370,7 @@ def draw_training(results, folder):
     for run_name, result in results.items():
         paths.setdefault(run_folder(result["run"]["out_dir"]) / "log.jsonl", run_name)  # stages of a run have one log
     logs, panels = {run_name: read_log(path) for path, run_name in paths.items()}, []
-    for key in LOGGED:
+    for key, ylabel in LOGGED.items():
         lines = {}
         for run_name, log in logs.items():
             steps, values = logged(log, key)
@@ -1367,8 +1383,8 @@ def draw_training(results, folder):
             elif steps:
                 lines[run_name] = steps, values.mean(1) if key == "gates" else values[:, -1]
         if lines:
-            panels.append(("step", key, lines))
-    title = "training, losses in nats" + "; the last layer, the mean of the gates" * (len(logs) > 1)
+            panels.append(("step", ylabel, lines))
+    title = "training" + "; the last layer, the mean of the gates" * (len(logs) > 1)
     return draw_lines(folder / "dynamics.png", title, panels, results)
 
 

@@ -95,7 +95,7 @@ class GPTConfig:
     qk_norm_type: Annotated[str | None, NORM_TYPES] = None  # kind of that norm; none: norm_type (Peri-LN: layernorm)
     v_norm: bool | None = None  # values too, in the same way
     mix_ratio: SHARE = 0.25  # mix: share of the layers, from the first, that are Post-LN
-    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: norm: s on A(x); branch: on h; residual: on x + h; gain: in A
+    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: norm: s on A(x); branch: h; residual: x + h; gain: in A
     freeze_out_gain: bool = False  # the gains of the norms at B stay at 1 (Peri-LN section 5.3)
     branch_scale: Annotated[str | None, BRANCH_SCALES] = None  # learned factor on the branch: a scalar, or a diagonal
     layerscale_init: FINITE = 1e-4  # layerscale: initial value

@@ -683,8 +683,8 @@ def shard_model(model, device, use_compile, init_seed):
 
 
 def whole(tree, keep=True):
-    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU: the same form, however
-    many processes trained. All processes take part; without `keep` this one gets None for a sharded tensor."""
+    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU: the same form,
+    however many processes trained. All processes take part; without `keep` this one gets None for a sharded tensor."""
     if isinstance(tree, dict):
         return {key: whole(value, keep) for key, value in tree.items()}
     if isinstance(tree, list):
