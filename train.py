@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
 from configurator import COUNT, NATURAL, NOT_NEGATIVE
-from configurator import UserError, build_settings, read_log, read_settings, run, save_whole
+from configurator import UserError, build_settings, read_config_file, read_log, read_settings, run, save_whole
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
@@ -1313,7 +1313,8 @@ NEVER_LISTS = "out_dir init_from data_dir overwrite jobs eval_only sample dry_ru
 
 # Where an earlier run may differ from the sweep that it belongs to: its length, and how it is watched.
 MAY_DIFFER = "max_iters max_tokens vocab_size data_dir eval_interval log_interval keep_every".split()
-MAY_DIFFER += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split() + OF_ONE_CALL
+MAY_DIFFER += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split()
+MAY_DIFFER += [name for name in OF_ONE_CALL if name not in ("init_from", "dtype")]
 
 
 @dataclass
@@ -1415,12 +1416,16 @@ def build_trial(name, folder, given):
         return trial
 
     with prepare_data.locked(folder, f"training in {folder}"):
+        if not any((folder / name).exists() for name in ("ckpt.pt", "ckpt_previous.pt")):
+            return trial  # a run that ended before its first checkpoint begins anew
         trial.read_log()
-        if not (folder / "ckpt.pt").exists():
-            return trial
         checkpoint = open_checkpoint(folder)
+    of_run = dict(checkpoint["settings"])
+    if (folder / "settings.py").exists():  # what the run began with; its checkpoint says how it was continued
+        began_with = read_config_file(Settings, str(folder / "settings.py"))
+        of_run |= {name: began_with.get(name, getattr(Settings, name)) for name in ("init_from", "dtype")}
     for field in fields(Settings):
-        before, now = checkpoint["settings"].get(field.name, field.default), getattr(settings, field.name)
+        before, now = of_run.get(field.name, field.default), getattr(settings, field.name)
         has_effect = field.name != "eval_iters" or settings.last_eval_iters is None
         if before != now and has_effect and field.name not in MAY_DIFFER:
             raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")

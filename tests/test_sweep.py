@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,25 @@ def test_other_settings_than_those_of_the_run_in_the_folder(swept):
     assert files(swept / "out-sweep") == before
 
 
+def test_another_precision_or_other_first_weights(swept):
+    """A run that goes on does not hand these on, so its checkpoint does not tell."""
+    assert call("tiny.py", "--out_dir=base", cwd=swept).returncode == 0
+    before = files(swept / "out-sweep")
+    for changed, message in ("--dtype=float64", "dtype auto, not float64"), ("--init_from=base", "from scratch, not base"):
+        done = call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", changed, cwd=swept)
+        assert done.returncode == 2 and message in done.stderr
+    assert files(swept / "out-sweep") == before
+
+
+def test_a_run_that_lost_its_checkpoint_is_not_overwritten(swept):
+    shutil.copytree(swept / "out-sweep", swept / "lost")
+    (swept / "lost" / NAMES[0] / "ckpt.pt").unlink()
+    before = files(swept / "lost")
+    done = call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", "--out_dir=lost", cwd=swept)
+    assert done.returncode == 2 and "no checkpoint" in done.stderr and "the one before it is whole, of step 2" in done.stderr
+    assert files(swept / "lost") == before
+
+
 # -- mistakes
 
 
@@ -173,6 +193,9 @@ def test_disk_full_in_one_run(folder):
     run = folder / "full" / "seed=1"
     run.mkdir(parents=True)
     (run / "ckpt.pt.partial").symlink_to("/dev/full")
+    early = folder / "full" / "seed=2"  # as a run leaves it that diverges before its first checkpoint
+    early.mkdir()
+    (early / "log.partial").write_text('{"step": 0, "diverged": "with other settings"}\n')
     args = "tiny.py", "--max_iters=none", "--epochs=0.001", "--out_dir=full", "--seed=1,2"
     data = prepare_data.TokenData(folder / "data" / "d", "train", 16, 257)
     last = train.count_steps(train.Settings(epochs=0.001, batch_size=2, gradient_accumulation_steps=1), len(data))
