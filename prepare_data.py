@@ -1114,7 +1114,7 @@ def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
                 yield *future.result(), place
         for future, place in pending:
             yield *future.result(), place
-    except (BrokenProcessPool, OSError):  # the readers of jobs raise UserError
+    except BrokenProcessPool:
         for process in set(multiprocessing.active_children()) - set(others):
             process.kill()  # a broken pool overlooks one that has just started, and would wait for it forever
         reason = 'out of memory, or a script without `if __name__ == "__main__":`?'
@@ -1125,14 +1125,18 @@ def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
 
 
 def submit(pool, job):
-    """Gives a job to the pool. A worker process that starts with it ignores Ctrl-C, which is for this process."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return pool.submit(work, job)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits what is blocked
+    """Gives a job to the pool, which starts a worker process with it until it has all of them. A worker ignores Ctrl-C,
+    which is for this process. BrokenProcessPool if it does not start."""
+    has_mask = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if has_mask:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits what is blocked
     try:
         return pool.submit(work, job)
+    except Exception as error:  # of several kinds: a worker that dies meanwhile takes the pipes that this one is given
+        raise BrokenProcessPool from error
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if has_mask:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def begin_worker(saved_tokenizer, settings):

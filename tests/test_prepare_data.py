@@ -7,6 +7,7 @@ import gzip
 import http.server
 import json
 import lzma
+import multiprocessing
 import os
 import random
 import re
@@ -803,8 +804,29 @@ def test_a_worker_that_dies(big, tmp_path):
         workers = list(filter(is_worker, children(process.pid)))
     os.kill(int(workers[0]), signal.SIGKILL)
     _, err = process.communicate()
-    assert process.returncode == 2 and "a worker process ended unexpectedly" in err.splitlines()[-1]
+    assert process.returncode == 2 and "a worker process ended unexpectedly" in err.splitlines()[-1], err
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes start in another way there")
+def test_a_worker_that_dies_while_another_starts(big, tmp_path, monkeypatch):
+    """The pool then closes a pipe that the new process is to inherit, and Python may refuse to start it."""
+    start_process, started = multiprocessing.util.spawnv_passfds, []
+
+    def spawnv_passfds(path, command, files):
+        is_worker = b"spawn_main" in b"".join(map(os.fsencode, command))
+        if is_worker and started:
+            os.kill(started[0], signal.SIGKILL)
+            time.sleep(0.2)
+            files = [*files, files[0]]
+        pid = start_process(path, command, files)
+        started.extend([pid] if is_worker else [])
+        return pid
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawnv_passfds)
+    with pytest.raises(UserError, match="a worker process ended unexpectedly"):
+        prepare(tmp_path, big, num_workers=2, **big_settings(big))
+    assert len(started) == 1 and not multiprocessing.active_children()
 
 
 def test_a_script_without_a_main_guard(big, tmp_path):
