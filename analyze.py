@@ -1195,7 +1195,7 @@ def legend(fig, axes):
     """One legend for all axes, below them, where there are several lines."""
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels())}
     if len(handles) > 1:
-        columns = min(4, len(handles))
+        columns = min(len(handles), 4 if len(handles) <= 12 else 8)
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
@@ -1364,8 +1364,8 @@ def logged(log, key):
 
 
 def draw_training(results, folder):
-    """What changes over training, from the logs. Of what has a number for each layer, a single run shows up to eight
-    layers, several runs show their last one, or the mean of the gates."""
+    """What changes over training, from the logs. Of what has a number for each layer, a single run shows all layers,
+    several runs show their last one, or the mean of the gates."""
     paths = {}
     for run_name, result in results.items():
         paths.setdefault(run_folder(result["run"]["out_dir"]) / "log.jsonl", run_name)  # stages of a run have one log
@@ -1379,7 +1379,7 @@ def draw_training(results, folder):
             if values.dim() == 1 and steps:
                 lines[run_name] = steps, values
             elif steps and len(logs) == 1:
-                lines |= {f"layer {l + 1}": (steps, values[:, l]) for l in spread(values.shape[1], 8)}
+                lines |= {f"layer {l}": (steps, column) for l, column in enumerate(values.T, 1)}
             elif steps:
                 lines[run_name] = steps, values.mean(1) if key == "gates" else values[:, -1]
         if lines:

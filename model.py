@@ -229,6 +229,25 @@ def gpas(x, scale, keep=None):
     return x - (1 - scale) * x.detach()
 
 
+# act: what a gate a becomes (GPAS Table 4).
+GPAS_ACTS = {
+    "silu": F.silu,
+    "identity": lambda a: a,
+    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
+    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
+    "tanh": torch.tanh,
+    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
+}
+
+
+def gate_scale(gate, act="silu"):
+    """1 - act(a) of a gate a, shape (1,): what GPAS scales by. Its value, not its gradient, is kept 1e-7 away from 0,
+    since keep="output" divides by it."""
+    scale = 1 - GPAS_ACTS[act](gate)
+    away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
+    return scale + (away_from_zero - scale).detach()
+
+
 # Where s and the gate act: left the papers' words, which are the settings, right the points in Residual.at. With
 # s_position=gain there is no factor: the gain of A starts at s.
 S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
@@ -795,15 +814,6 @@ class GroupedLinear(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 # What the settings of Residual and Attention stand for, and the form of gpas that saves memory
 
-# What a gate a becomes: GPAS scales by 1 - act(a) (GPAS Table 4).
-GPAS_ACTS = {
-    "silu": F.silu,
-    "identity": lambda a: a,
-    "relu": F.relu,  # its gradient at 0 is 0: a gate that starts there never moves
-    "leaky_relu": lambda a: F.leaky_relu(a, 0.01),
-    "tanh": torch.tanh,
-    "scale_silu": lambda a: a * torch.sigmoid(8 * a),
-}
 GATES_PER_LAYER = {"layer": 1, "sublayer": 2}
 
 # Initial value of the learned factor b on the branch.
@@ -814,14 +824,6 @@ BRANCH_SCALES = {
 }
 
 QK_NORMS = "none", "head", "full"
-
-
-def gate_scale(gate, act="silu"):
-    """1 - act(a) of a gate a, shape (1,): what GPAS scales by. Its value, not its gradient, is kept 1e-7 away from 0,
-    since keep="output" divides by it."""
-    scale = 1 - GPAS_ACTS[act](gate)
-    away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
-    return scale + (away_from_zero - scale).detach()
 
 
 class ScaleForwardOnly(torch.autograd.Function):
