@@ -1028,7 +1028,7 @@ def parse_json(line, fields):
     if not line.strip():
         return ""
     try:
-        row = json.loads(line.decode(errors="surrogateescape"))
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"))
         return [row[name] for name in fields]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

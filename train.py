@@ -217,6 +217,8 @@ def train(checkpoint, changes, data, setup, stop):
 
     begin = resumed or NEW_RUN
     step, skipped, tokens, val_loss = begin["step"], begin["skipped"], begin["tokens"], begin["val_loss"]
+    if step > settings.max_iters:
+        raise UserError(f"the run in {settings.out_dir} is at step {step}, beyond max_iters {settings.max_iters}")
     folder = RunFolder(resumed, changes, setup)
     times, report = Times(), {}
     report_batch = get_batch(data.val, 0, min(8, len(data.val)), setup.device)
@@ -388,6 +390,8 @@ def settings_of_run(given):
     """
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
+    if given.get("eval_only") and given.get("sample") is not None:
+        raise UserError("eval_only and sample are two things to do with a run: give one of them")
     if init_from == "scratch" and not is_call:
         return {}, None
     if given.get("overwrite") and (is_call or init_from == "resume"):
@@ -764,7 +768,7 @@ def read_gates(text, config):
     try:
         values = [float(value) for value in text.split(",")]
     except ValueError:
-        if not Path(text).exists():
+        if not text or not Path(text).exists():
             what = f"a number, {config.n_layer} numbers with commas between, or a run's folder"
             raise UserError(f"gates is {text!r}; it must be {what}") from None
         weights = open_checkpoint(text)["model"]
@@ -1031,6 +1035,8 @@ class RunFolder:
 def check_out_dir(settings):
     """UserError where a new run may not go into out_dir."""
     out_dir = Path(settings.out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"out_dir {out_dir} is a file; it must be a folder")
     has_run = any(f.exists() and f.stat().st_size for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl"))
     if has_run and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")

@@ -153,7 +153,8 @@ def test_broken_text_is_counted_and_named(tmp_path, capsys):
     good = tmp_path / "good.txt"
     good.write_text("fine\n")
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9\n")
-    (tmp_path / "lines.jsonl").write_text('{"text": "x"}\n{"text": 3}\n{broken\n{"other": "x"}\n')
+    lines = '{"text": "x"}\n{"text": 3}\n{broken\n{"other": "x"}\n'
+    (tmp_path / "lines.jsonl").write_text(lines, encoding="utf-8-sig")  # with a byte-order mark, as Windows writes
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match="4 documents are broken where 3 are kept"):
         prepare(tmp_path, tmp_path / "*.txt", tmp_path / "lines.jsonl")
