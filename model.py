@@ -14,7 +14,7 @@ a norm: A before f, B after f, C after the addition (Peri-LN Figure 2).
 
 A place without a norm leaves its input as it is. gpas(x) multiplies x by 1 - act(a) in the forward pass and leaves its
 gradient alone; a, the gate, is one learned number per layer. It does nothing in schemes without gates, and s, b, alpha
-and omega are 1, unless the table or a setting says otherwise.
+and omega are 1, unless the table or a setting says otherwise. One row, b2t, also adds the layer's input to the MLP's h.
 
 The table is SCHEMES: a row says where the norms are and gives s, alpha and omega, and a new placement is a new row. The
 equation is the class Residual. What combines with every row (the kind of norm, b, the initialization, the gate's act)
@@ -46,7 +46,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Types of settings with their least and greatest value. Annotated[str, TABLE] is the name of a row of that table.
+# Types of settings with their least and greatest value. Annotated[str, TABLE] is the name of a row of that table, which
+# may stand further below.
 COUNT = Annotated[int, (1, 2**31 - 1)]
 NATURAL = Annotated[int, (0, 2**31 - 1)]
 POSITIVE = Annotated[float, (1e-300, 1e300)]
@@ -91,7 +92,7 @@ class GPTConfig:
     norm_groups: COUNT = 8  # groupnorm: groups of channels
     dyt_alpha: FINITE = 0.5  # dyt: initial slope
     embed_norm: bool | None = None  # normalize the embedding's output
-    qk_norm: Annotated[str | None, QK_NORMS] = None  # norm of queries and keys: per head, or over the full width
+    qk_norm: Annotated[str | None, ("none", "head", "full")] = None  # norm of queries and keys: per head, or full width
     qk_norm_type: Annotated[str | None, NORM_TYPES] = None  # kind of that norm; none: norm_type (Peri-LN: layernorm)
     v_norm: bool | None = None  # values too, in the same way
     mix_ratio: SHARE = 0.25  # mix: share of the layers, from the first, that are Post-LN
@@ -101,10 +102,10 @@ class GPTConfig:
     layerscale_init: FINITE = 1e-4  # layerscale: initial value
     # gpas
     gpas_act: Annotated[str, GPAS_ACTS] = "silu"  # the gate a scales by 1 - act(a)
-    gpas_position: Annotated[str, GPAS_POSITIONS] = "sublayer"  # sublayer: x + h; before: x; norm: A(x); module: h
+    gpas_position: Annotated[str, GPAS_POSITIONS] = "sublayer"  # sublayer: the stream; before: x; norm: A(x); module: h
     gpas_stop_gradient: bool = True  # false: naive scaling
     gate_init: FINITE | None = None  # initial value of the gates; none: 0, for relu 0.01
-    gate_per: Annotated[str, GATES_PER_LAYER] = "layer"  # one gate for both sub-layers, or one each
+    gate_per: Annotated[str, ("layer", "sublayer")] = "layer"  # one gate for both sub-layers, or one each
     # initialization
     init: Annotated[str | None, INITS] = None  # standard deviations of the matrices; none: as the scheme's row says
     init_std: POSITIVE = 0.02  # of every matrix but the embedding
@@ -153,8 +154,9 @@ class Scheme:
 
     def __post_init__(self):
         for name in ("alpha", "s"):
-            if not callable(getattr(self, name) or max):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a function, such as lambda n: 0.5")
+            factor = getattr(self, name)
+            if factor is not None and not callable(factor):
+                raise ValueError(f"{name} is {factor}; it must be a function, such as lambda n: 0.5")
         if isinstance(self.norms, str):
             self.places(config=None, l=1, is_mlp=False)
 
@@ -177,7 +179,9 @@ def mix_norms(c, l, is_mlp):
 def hybrid_norms(c, l, is_mlp):
     """HybridNorm* (Zhuo et al. 2025), with normalized q, k, v: y = C(x + attention(x)), then y + MLP(y), so that the
     MLP has no norm of its own. The first layer is Pre-LN."""
-    return "A" if l == 1 else "" if is_mlp else "C"
+    if l == 1:
+        return "A"
+    return "" if is_mlp else "C"
 
 
 # A before f, B after f, C after the addition. Each row is also a scheme with gates: gpas_<row>.
@@ -220,9 +224,9 @@ def gpas(x, scale, keep=None):
 
         gpas(x) = x - act(a) * sg(x)     forward a multiplication by 1 - act(a), backward the identity
 
-    The last line is this definition: x's gradient flows through its first term, the gate's through its second. `keep`
-    gives the same values and gradients faster (ScaleForwardOnly): it names the tensor that is kept for the backward
-    pass, the "input" x (..., n_embd) or the "output". The one that a neighbouring operation keeps costs no memory.
+    The last line is this equation. Of a gradient g of the result, x gets g through the first term, and scale gets the
+    sum of g * x through the second, which gate_scale hands on to the gate, times -act'(a). `keep` ("input" or "output")
+    gives the same values and gradients in less memory: see ScaleForwardOnly.
     """
     if keep:
         return ScaleForwardOnly.apply(x, scale, keep == "output")
@@ -241,17 +245,26 @@ GPAS_ACTS = {
 
 
 def gate_scale(gate, act="silu"):
-    """1 - act(a) of a gate a, shape (1,): what GPAS scales by. Its value, not its gradient, is kept 1e-7 away from 0,
-    since keep="output" divides by it."""
+    """1 - act(a) of a gate a, shape (1,): what GPAS scales by."""
     scale = 1 - GPAS_ACTS[act](gate)
+    # keep="output" divides by it: its value, not its gradient, stays 1e-7 away from 0.
     away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
     return scale + (away_from_zero - scale).detach()
 
 
-# Where s and the gate act: left the papers' words, which are the settings, right the points in Residual.at. With
-# s_position=gain there is no factor: the gain of A starts at s.
+# Where s and the gate act. Left the papers' words, which are the settings; right the point in Residual.at: "before" is
+# x, "norm" A(x), "branch" h, and "stream" the shortcut where there is a C, x + h without. With s_position=gain there is
+# no factor: the gain of A starts at s.
 S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
 GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
+
+
+# Initial value of the learned factor b on the branch.
+BRANCH_SCALES = {
+    "none": lambda c: None,
+    "skipinit": lambda c: torch.full((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
+    "layerscale": lambda c: torch.full((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
+}
 
 
 class Residual(nn.Module):
@@ -270,7 +283,7 @@ class Residual(nn.Module):
         places = scheme.places(config, l, is_mlp)
         self.pre_norm = Norm(config, config.n_embd) if "A" in places else nn.Identity()
         self.out_norm = Norm(config, config.n_embd) if "B" in places else nn.Identity()
-        self.post_norm = Norm(config, config.n_embd) if "C" in places else None
+        self.post_norm = Norm(config, config.n_embd) if "C" in places else None  # without it the gate acts elsewhere
         self.s = scheme.s(l) if scheme.s else 1.0
         self.alpha = scheme.alpha(config.n_layer) if scheme.alpha else 1.0
         self.omega = nn.Parameter(torch.ones(config.n_embd)) if scheme.omega else None
@@ -284,9 +297,9 @@ class Residual(nn.Module):
         if config.freeze_out_gain and "B" in places:
             self.out_norm.weight.requires_grad_(False)
 
-    def forward(self, x, f, scale=None, bottom=None):
-        """x (B, T, n_embd). `scale` is 1 - act(a), shape (1,), None without gates; `bottom`, of x's shape, is what b2t
-        adds to h before C, None without."""
+    def forward(self, x, f, scale=None, layer_input=None):
+        """x (B, T, n_embd). `scale` is 1 - act(a), shape (1,), None without gates; `layer_input`, of x's shape, is what
+        b2t adds to h before C, None without."""
         x = self.at("before", x, scale)
         h = self.branch(x, f, scale)
         if self.post_norm is None:
@@ -294,8 +307,8 @@ class Residual(nn.Module):
         shortcut = self.at("stream", x, scale)
         if self.omega is not None:
             shortcut = self.omega * shortcut
-        if bottom is not None:
-            h = h + bottom
+        if layer_input is not None:
+            h = h + layer_input
         return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))  # h + alpha * shortcut
 
     def branch(self, x, f, scale=None):
@@ -428,9 +441,8 @@ class Block(nn.Module):
     def __init__(self, config, l):
         super().__init__()
         scheme, is_gated = find_scheme(config.norm)
-        # One gate for both sub-layers (GPAS section 4.1), or one each.
-        shape = (GATES_PER_LAYER[config.gate_per],)
-        self.gate = nn.Parameter(torch.full(shape, config.gate_init)) if is_gated else None
+        n_gates = 1 if config.gate_per == "layer" else 2  # one for both sub-layers (GPAS section 4.1), or one each
+        self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if is_gated else None
         self.gpas_act, self.b2t = config.gpas_act, scheme.b2t
         self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
         self.mlp, self.mlp_residual = make_mlp(config, l), Residual(config, l, is_mlp=True)
@@ -441,9 +453,9 @@ class Block(nn.Module):
         if self.gate is not None:
             scale = gate_scale(self.gate, self.gpas_act).to(self.attn.o_proj.weight.dtype)  # gates may be float32 alone
             attn_scale, mlp_scale = scale[:1], scale[-1:]
-        bottom = x if self.b2t else None
+        layer_input = x if self.b2t else None
         x = self.attn_residual(x, lambda u: self.attn(u, cache), attn_scale)
-        return self.mlp_residual(x, self.mlp, mlp_scale, bottom)
+        return self.mlp_residual(x, self.mlp, mlp_scale, layer_input)
 
 
 class GPT(nn.Module):
@@ -812,23 +824,12 @@ class GroupedLinear(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the settings of Residual and Attention stand for, and the form of gpas that saves memory
-
-GATES_PER_LAYER = {"layer": 1, "sublayer": 2}
-
-# Initial value of the learned factor b on the branch.
-BRANCH_SCALES = {
-    "none": lambda c: None,
-    "skipinit": lambda c: torch.full((1,), c.n_layer**-0.5),  # De and Smith 2020, as in LNS section 6
-    "layerscale": lambda c: torch.full((c.n_embd,), c.layerscale_init),  # Touvron et al. 2021, a diagonal matrix
-}
-
-QK_NORMS = "none", "head", "full"
-
+# The form of gpas that saves memory
 
 class ScaleForwardOnly(torch.autograd.Function):
     """gpas in less memory: y = scale * x with dy/dx = I and dy/dscale = x. What is kept for the backward pass is x or,
-    with from_output, y, and x is then computed as y / scale."""
+    with from_output, y, and x is then computed as y / scale. The one of the two that a neighbouring operation keeps in
+    any case costs no memory."""
 
     generate_vmap_rule = True
 

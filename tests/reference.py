@@ -87,7 +87,7 @@ ACTS = {
 def forward(P, c, idx, gpas=None, norm=None):
     """Logits of the model with parameters P (by name) and configuration c.
 
-    To be wrong, `gpas(x, a)` or `norm(x, P, name, c)` may be replaced.
+    The tests replace `gpas(x, a)` or `norm(x, P, name, c)` by a wrong form, which must be noticed.
     """
     gpas = gpas or (lambda x, a: x - ACTS[c.gpas_act](a) * (x.detach() if c.gpas_stop_gradient else x))
     norm = norm or normalize
@@ -96,45 +96,47 @@ def forward(P, c, idx, gpas=None, norm=None):
     x = P["embed_tokens.weight"][idx]
     if c.embed_norm:
         x = norm(x, P, "embed_norm", c)
-    for i in range(L):
-        l, B, layer_input = i + 1, {k.removeprefix(f"blocks.{i}."): p for k, p in P.items() if k.startswith(f"blocks.{i}.")}, x
+    for l in range(1, L + 1):
+        layer, layer_input = f"blocks.{l - 1}.", x
+        own = {k.removeprefix(layer): p for k, p in P.items() if k.startswith(layer)}
         for part in ("attn", "mlp"):
-            sub = {k.removeprefix(part + "."): p for k, p in B.items()}
-            b = B.get(f"{part}_residual.branch_scale", 1)
+            sub = {k.removeprefix(part + "."): p for k, p in own.items()}
             f = (lambda x: attention(x, sub, c)) if part == "attn" else (lambda x: mlp(x, sub))
-            A, Bn, C = ((lambda x, k=k: norm(x, B, f"{part}_residual.{k}_norm", c)) for k in ("pre", "out", "post"))
-            gate = B["gate"][(0 if part == "attn" else -1,)] if gated else None
-            g = {p: (lambda x: gpas(x, gate)) if gated and p == c.gpas_position else (lambda x: x) for p in ("sublayer", "before", "norm", "module")}
-            s = 1 / math.sqrt(l)
-            s = {p: s if name == "lns" and c.s_position == p else 1 for p in ("norm", "branch", "residual")}
-            end, x = g["sublayer"], g["before"](x)
-            a, m = (lambda x: g["norm"](A(x))), (lambda h: g["module"](b * h))
+            A, B, C = ((lambda x, k=k: norm(x, own, f"{part}_residual.{k}_norm", c)) for k in ("pre", "out", "post"))
+            # Where the gate, LNS's s and the branch's factor b act; elsewhere they are the identity or 1.
+            gate = own["gate"][[0 if part == "attn" else -1]] if gated else None
+            gated_at = {p: (lambda x: gpas(x, gate)) if gated and p == c.gpas_position else (lambda x: x) for p in ("sublayer", "before", "norm", "module")}
+            s = {p: l**-0.5 if name == "lns" and p == c.s_position else 1 for p in ("norm", "branch", "residual")}
+            b = own.get(f"{part}_residual.branch_scale", 1)
+            stream, normed, branch = gated_at["sublayer"], (lambda x: gated_at["norm"](A(x))), (lambda h: gated_at["module"](b * h))
+            x = gated_at["before"](x)
+
             if name == "post" or (name == "mix" and l <= math.floor(L * c.mix_ratio)):
-                x = C(end(x) + m(f(x)))
+                x = C(stream(x) + branch(f(x)))
             elif name == "deepnorm":
-                x = C((2 * L) ** 0.25 * end(x) + m(f(x)))
+                x = C((2 * L) ** 0.25 * stream(x) + branch(f(x)))
             elif name == "admin":
-                x = C(B[f"{part}_residual.omega"] * end(x) + m(f(x)))
+                x = C(own[f"{part}_residual.omega"] * stream(x) + branch(f(x)))
             elif name == "b2t":
-                x = C(end(x) + m(f(x)) + (layer_input if part == "mlp" else 0))
+                x = C(stream(x) + branch(f(x)) + (layer_input if part == "mlp" else 0))
             elif name in ("pre", "mix", "group", "dyt", "layerscale", "skipinit", "scaled_init", "depth_init", "olmo_init"):
-                x = end(x + m(f(a(x))))
+                x = stream(x + branch(f(normed(x))))
             elif name in ("sandwich", "peri"):
-                x = end(x + m(Bn(f(a(x)))))
+                x = stream(x + branch(B(f(normed(x)))))
             elif name in ("out", "olmo2"):
-                x = end(x + m(Bn(f(x))))
+                x = stream(x + branch(B(f(x))))
             elif name == "pre_post":
-                x = C(end(x) + m(f(a(x))))
+                x = C(stream(x) + branch(f(normed(x))))
             elif name == "lns":
-                x = end(s["residual"] * (x + m(s["branch"] * f(g["norm"](A(x) * s["norm"])))))
+                x = stream(s["residual"] * (x + branch(s["branch"] * f(gated_at["norm"](A(x) * s["norm"])))))
             elif name == "hybrid" and l == 1:
-                x = end(x + m(f(a(x))))
+                x = stream(x + branch(f(normed(x))))
             elif name == "hybrid" and part == "attn":  # the MLP below sees the normalized state twice: in f and beside it
-                x = C(end(x) + m(f(x)))
+                x = C(stream(x) + branch(f(x)))
             elif name == "hybrid":
-                x = end(x + m(f(x)))
+                x = stream(x + branch(f(x)))
             else:
-                raise AssertionError(c.norm)
+                raise NotImplementedError(f"tests/reference.py has no equation of {c.norm}: add it here")
     return norm(x, P, "norm", c) @ P["lm_head.weight"].T
 
 
