@@ -113,90 +113,11 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shards: the format and its writer
+# Shards: the format and its reader
 
 SPLITS = ("train", "val")
 HEADER = 256  # int32 values
 FORMATS = {np.uint16: (20240520, 1), np.uint32: (20240801, 7)}  # type of the tokens: magic number and version
-
-
-def token_type(vocab_size):
-    """The type of the tokens in shards of a vocabulary."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-class ShardWriter:
-    """Writes tokens to folder/split_000000.bin and on, shard_size tokens each; `close` completes the last.
-
-    `shards` is what the manifest says of them: file, tokens, crc32 of the tokens' bytes, and mask_crc32 where a mask
-    goes beside them. Given those of an earlier writer, it goes on after them.
-    """
-
-    def __init__(self, folder, split, vocab_size, shard_size, shards=None):
-        """UserError if the last of the `shards` to go on with lost a part."""
-        self.folder, self.split, self.shard_size = Path(folder), split, shard_size
-        self.dtype = np.dtype(token_type(vocab_size))
-        self.shards = [] if shards is None else shards
-        self.files = []  # those of the last shard while it has room: the tokens', and the mask's
-        if self.shards and self.shards[-1]["tokens"] < shard_size:
-            self.open_last()
-
-    def open_last(self):
-        """Opens the last shard's files at the end of what `shards` says of them, without what an interrupted run wrote
-        after it."""
-        shard = self.shards[-1]
-        path = self.folder / shard["file"]
-        sizes = {path: 4 * HEADER + shard["tokens"] * self.dtype.itemsize}
-        if "mask_crc32" in shard:
-            sizes[path.with_suffix(".mask")] = shard["tokens"]
-        for path, size in sizes.items():
-            if shard["tokens"] and not (path.exists() and path.stat().st_size >= size):
-                raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
-            self.files.append(open(path, "r+b" if shard["tokens"] else "wb"))
-            self.files[-1].truncate(size)
-            self.files[-1].seek(size)
-
-    def write(self, tokens, mask=None):
-        """Appends an integer array, and its mask (uint8) in a data set that has any."""
-        while len(tokens):
-            if not self.files:
-                self.shards.append({"file": f"{self.split}_{len(self.shards):06d}.bin", "tokens": 0, "crc32": 0})
-                if mask is not None:
-                    self.shards[-1]["mask_crc32"] = 0
-                self.open_last()
-            shard = self.shards[-1]
-            n = self.shard_size - shard["tokens"]
-            part, tokens = np.ascontiguousarray(tokens[:n], dtype=self.dtype), tokens[n:]
-            self.files[0].write(part)
-            shard["crc32"] = zlib.crc32(part, shard["crc32"])
-            if mask is not None:
-                self.files[1].write(mask[:n])
-                shard["mask_crc32"], mask = zlib.crc32(mask[:n], shard["mask_crc32"]), mask[n:]
-            shard["tokens"] += len(part)
-            if shard["tokens"] == self.shard_size:
-                self.close()
-
-    def sync(self):
-        """Brings everything to the disk."""
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-
-    def close(self, complete=True):
-        """Writes the header, which completes the last shard; without it the shard can only be gone on with."""
-        if self.files and complete:
-            header = np.zeros(HEADER, dtype="<i4")
-            header[:3] = *FORMATS[self.dtype.type], self.shards[-1]["tokens"]
-            self.files[0].seek(0)
-            self.files[0].write(header)
-            self.sync()
-        while self.files:
-            self.files.pop().close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards: the reader
-
 CHECKED = 1 << 26  # bytes of a split up to which the reader compares its checksums: a fraction of a second
 
 
@@ -274,22 +195,18 @@ class TokenData:
             raise UserError(f"no {split} shards ({split}_*.bin) in {folder}")
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.shards = [open_shard(path) for path in self.paths]
-        masks = [open_mask(path, tokens) for path, tokens in zip(self.paths, self.shards)]
-        self.masks = [mask for mask in masks if mask is not None]  # of each shard, or empty
+        self.masks = [open_mask(path, tokens) for path, tokens in zip(self.paths, self.shards)]
         self.offsets = np.cumsum([0, *map(len, self.shards)])  # of each shard in the split, and the split's end
         meta = read_meta(folder)
         if meta:
             is_small = sum(tokens.nbytes for tokens in self.shards) <= CHECKED
             for fault in shard_faults(folder, split, meta, with_checksums=is_small):
                 raise UserError(f"{fault}; the data cannot be trusted, prepare them again")
-        if len(self.masks) not in (0, len(self.shards)):
-            raise UserError(f"{len(self.masks)} of the {len(self.shards)} {split} shards in {folder} have a .mask")
         self.starts = None  # of the documents, where they are the rows
         if rows == "documents":
             if not meta:
-                hint = "python prepare_data.py --adopt --tokenizer=NAME writes one"
-                lack = f"{folder} has no meta.json that names it"
-                raise UserError(f"rows=documents needs the end-of-text token, and {lack}: {hint}")
+                lack = f"{folder} has no meta.json that names it; --adopt --tokenizer=NAME writes one"
+                raise UserError(f"rows=documents needs the end-of-text token, and {lack}")
             self.eot = build_encoding(meta["tokenizer"]).eot_token
             self.starts = document_starts(self.shards, self.eot)
             if not len(self.starts):
@@ -315,8 +232,7 @@ class TokenData:
                 tokens = np.append(tokens, self.eot)  # the split's last document gets one too
                 length = min(self.block_size, int(np.argmax(tokens[1:] == self.eot)) + 1)
             x[i, :length], y[i, :length] = tokens[:length], tokens[1 : length + 1]
-            if mask is not None:
-                y[i, np.flatnonzero(mask[1 : length + 1] == 0)] = -100
+            y[i, np.flatnonzero(mask[1 : length + 1] == 0)] = -100
         return x, y
 
     def find_row(self, i):
@@ -329,7 +245,7 @@ class TokenData:
         return int(self.offsets[shard] + (row - self.windows[shard]) * self.block_size)
 
     def read(self, start):
-        """The block_size + 1 tokens of the split from `start` on (fewer at its end), and their mask or None."""
+        """The block_size + 1 tokens of the split from `start` on (fewer at its end), and their mask."""
         end = min(start + self.block_size + 1, int(self.offsets[-1]))
         parts, masks = [], []
         while start < end:
@@ -340,10 +256,9 @@ class TokenData:
                 misfit = f"token {tokens.max()}: it does not fit the vocabulary of {self.vocab_size}"
                 raise UserError(f"shard {self.paths[shard]} holds {misfit}")
             parts.append(tokens)
-            if self.masks:
-                masks.append(self.masks[shard][here])
+            masks.append(np.ones(len(tokens), np.uint8) if self.masks[shard] is None else self.masks[shard][here])
             start += len(tokens)
-        return np.concatenate(parts), np.concatenate(masks) if masks else None
+        return np.concatenate(parts), np.concatenate(masks)
 
 
 def document_starts(shards, eot):
@@ -376,6 +291,83 @@ def permute(i, n, key):
         if i < n:
             return i
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards: the writer
+
+
+def token_type(vocab_size):
+    """The type of the tokens in shards of a vocabulary."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+class ShardWriter:
+    """Writes tokens to folder/split_000000.bin and on, shard_size tokens each.
+
+    `shards` is what the manifest says of them: file, tokens, crc32 of the tokens' bytes, and mask_crc32 where a mask
+    goes beside them. Given those of an earlier writer, it goes on after them.
+    """
+
+    def __init__(self, folder, split, vocab_size, shard_size, shards=None):
+        """UserError if the last of the `shards` to go on with lost a part."""
+        self.folder, self.split, self.shard_size = Path(folder), split, shard_size
+        self.dtype = np.dtype(token_type(vocab_size))
+        self.shards = [] if shards is None else shards
+        self.files = []  # those of the last shard while it has room: the tokens', and the mask's
+        if self.shards and self.shards[-1]["tokens"] < shard_size:
+            self.open_last()
+
+    def open_last(self):
+        """Opens the last shard's files at the end of what `shards` says of them, without what an interrupted run wrote
+        after it."""
+        shard = self.shards[-1]
+        path = self.folder / shard["file"]
+        sizes = {path: 4 * HEADER + shard["tokens"] * self.dtype.itemsize}
+        if "mask_crc32" in shard:
+            sizes[path.with_suffix(".mask")] = shard["tokens"]
+        for path, size in sizes.items():
+            if shard["tokens"] and not (path.exists() and path.stat().st_size >= size):
+                raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
+            self.files.append(open(path, "r+b" if shard["tokens"] else "wb"))
+            self.files[-1].truncate(size)
+            self.files[-1].seek(size)
+
+    def write(self, tokens, mask=None):
+        """Appends an integer array, and its mask (uint8) in a data set that has any."""
+        while len(tokens):
+            if not self.files:
+                self.shards.append({"file": f"{self.split}_{len(self.shards):06d}.bin", "tokens": 0, "crc32": 0})
+                if mask is not None:
+                    self.shards[-1]["mask_crc32"] = 0
+                self.open_last()
+            shard = self.shards[-1]
+            n = self.shard_size - shard["tokens"]
+            part, tokens = np.ascontiguousarray(tokens[:n], dtype=self.dtype), tokens[n:]
+            self.files[0].write(part)
+            shard["crc32"] = zlib.crc32(part, shard["crc32"])
+            if mask is not None:
+                self.files[1].write(mask[:n])
+                shard["mask_crc32"], mask = zlib.crc32(mask[:n], shard["mask_crc32"]), mask[n:]
+            shard["tokens"] += len(part)
+            if shard["tokens"] == self.shard_size:
+                self.close()
+
+    def sync(self):
+        """Brings the last shard to the disk, with a header that says how long it is."""
+        if self.files:
+            header = np.zeros(HEADER, dtype="<i4")
+            header[:3] = *FORMATS[self.dtype.type], self.shards[-1]["tokens"]
+            self.files[0].seek(0)
+            self.files[0].write(header)
+            self.files[0].seek(0, os.SEEK_END)
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self):
+        self.sync()
+        while self.files:
+            self.files.pop().close()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From text to shards
@@ -387,10 +379,6 @@ ALTERED = "altered by the tokenizer"
 NOT_BROKEN = ("empty", ALTERED)  # problems that are counted, but are no reason to stop
 # settings that do not change the shards
 WITHOUT_EFFECT = ("dataset", "data_dir", "num_workers", "overwrite", "save_interval", "max_broken", "verify", "adopt")
-
-
-class BadText(UserError):
-    """The texts themselves do not make a data set."""
 
 
 def prepare(settings):
@@ -421,9 +409,8 @@ def prepare(settings):
         with locked(partial, f"preparing {folder}"):
             try:
                 write_shards(settings, inputs, source, encoding, partial)
-            except UserError as error:
-                can_continue = (partial / "progress.json").exists() and not isinstance(error, BadText)
-                if not can_continue:
+            except UserError:
+                if not (partial / "progress.json").exists():  # there is nothing to go on from
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             if folder.exists():
@@ -488,11 +475,9 @@ def write_shards(settings, inputs, source, encoding, partial):
             write_documents("train", [first], writers, state)
             waiting = [rest]
         write_documents("val", waiting, writers, state)
-        for writer in writers.values():
-            writer.close()
     finally:
         for writer in writers.values():
-            writer.close(complete=False)
+            writer.close()
 
     for kind, (count, places) in state["problems"].items():
         if kind != "empty":  # an empty file is no news: meta.json counts it
@@ -539,7 +524,7 @@ def write_documents(split, documents, writers, state):
 
 
 def check_problems(settings, state, source, n_waiting=0):
-    """BadText if there is no text, or too much of it is broken."""
+    """UserError if there is no text, or too much of it is broken."""
     n_train = state["splits"]["train"]["documents"]
     total = n_train + state["splits"]["val"]["documents"] + n_waiting
     broken = {kind: found for kind, found in state["problems"].items() if kind not in NOT_BROKEN}
@@ -548,11 +533,11 @@ def check_problems(settings, state, source, n_waiting=0):
         first = ", ".join(f"{kind} at {places[0]}" for kind, (_, places) in broken.items())
         share = f"more than max_broken {settings.max_broken}"
         hint = "; --text_field= names the field of the text" if any("JSON" in kind for kind in broken) else ""
-        raise BadText(f"{n_broken} documents are broken where {total} are kept, {share}: {first}{hint}")
+        raise UserError(f"{n_broken} documents are broken where {total} are kept, {share}: {first}{hint}")
     if not total:
-        raise BadText(f"no text in {', '.join(source)}")
+        raise UserError(f"no text in {', '.join(source)}")
     if not n_train and not n_waiting:
-        raise BadText(f"all {total} documents fell to the held-out part: give more text or a smaller val_fraction")
+        raise UserError(f"all {total} documents fell to the held-out part: give more text or a smaller val_fraction")
 
 
 def halves(document, encoding, source):
@@ -561,7 +546,7 @@ def halves(document, encoding, source):
     middle = len(text) * 9 // 10
     middle = text.rfind(b"\n", 0, middle) + 1 or whole_characters(text[:middle])
     if document.mask is not None or not 0 < middle < len(text):
-        raise BadText(f"{', '.join(source)} holds one document only, which is too little for a held-out part")
+        raise UserError(f"{', '.join(source)} holds one document only, which is too little for a held-out part")
     return [make_document(encoding, [encode(encoding, part)], [part]) for part in (text[:middle], text[middle:])]
 
 
@@ -585,15 +570,16 @@ def begin(settings, inputs, encoding, partial):
     if encoding is None:
         print(f"training {settings.tokenizer} on a sample", file=sys.stderr)
         encoding = train_bpe(int(settings.tokenizer[4:]), inputs, settings)
-    counts = lambda: {"documents": 0, "bytes": 0, "loss_tokens": 0, "shards": [], "tokens": 0}
     state = {
         "fingerprint": mark,
         "tokenizer": save_tokenizer(partial, tokenizer_state(encoding)),
         "place": Place(),  # up to which the inputs are read
         "batches": 0,
         "problems": {},  # kind: (count, first places)
-        "splits": {split: counts() for split in SPLITS},  # as in meta.json
+        "splits": {},  # as in meta.json
     }
+    for split in SPLITS:
+        state["splits"][split] = {"documents": 0, "bytes": 0, "loss_tokens": 0, "shards": [], "tokens": 0}
     return state, encoding
 
 
