@@ -24,6 +24,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -757,7 +758,7 @@ def read_lines(source, place, fields):
     """Text and jsonl: about JOB bytes at once. A line of text that is longer is cut between characters."""
     index, offset, line = place
     rest = b""
-    with open_stream(source.path) as (stream, stored):
+    with open_stream(source.path) as stream:
         for start in range(0, offset, JOB):  # a continued run reads up to its place again
             stream.read(min(JOB, offset - start))
         while True:
@@ -775,14 +776,13 @@ def read_lines(source, place, fields):
                 offset += len(data)
                 yield data, Place(index, offset, line)
             if is_end:
-                break
-        if getattr(stored, "length", None):  # of a download: what http.client still expects
-            raise EOFError(f"the connection ended {stored.length:,} bytes before the end")
+                return
 
 
 @contextmanager
 def open_stream(path):
-    """(a stream of the decompressed bytes of a file, address or standard input, that of the stored ones)."""
+    """A stream of the decompressed bytes of a file, address or standard input. EOFError if, when it has been read, a
+    download is not complete."""
     if path == "-":
         stored = sys.stdin.buffer
     elif path.startswith(("https://", "http://")):
@@ -792,7 +792,9 @@ def open_stream(path):
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": Zstandard}
     with stored:
         opener = openers.get(Path(path.split("?")[0]).suffix)
-        yield opener(stored) if opener else stored, stored
+        yield opener(stored) if opener else stored
+        if getattr(stored, "length", None):  # what http.client still expects
+            raise EOFError(f"the connection ended {stored.length:,} bytes before the end")
 
 
 class Zstandard:
@@ -954,11 +956,7 @@ def read_documents(job, settings, problems):
         if kind == "text":
             yield from text_documents(path, line, data, problems)
         elif kind == "jsonl":
-            lines = data.split(b"\n")
-            if not lines[-1]:  # what follows the last line's end is no line
-                lines.pop()
-            rows = (parse_json(text, settings.fields) for text in lines)
-            yield from row_documents(path, line, rows, settings, "no JSON object with a text", problems)
+            yield from row_documents(path, line, io.BytesIO(data), settings, "no JSON object with a text", problems)
         else:
             yield from row_documents(path, line, data, settings, "no text", problems)
 
@@ -981,18 +979,15 @@ def text_documents(path, line, data, problems):
 
 
 def row_documents(path, line, rows, settings, what, problems):
-    """The documents of rows, each the values of settings.fields, "" for a blank line, or None for what is no row;
-    `what` is the problem of a row without a text."""
-    make_parts = SHAPES[settings.shape][1]
+    """The documents of rows, each a line of jsonl or the values of settings.fields; `what` is the problem of a row
+    without a text."""
     if settings.shape != "text":
         what = f"no row of shape {settings.shape}:"
     for i, row in enumerate(rows, line):
         place = f"{path}:{i}"
         try:
-            parts = [""] if row == "" else make_parts(*row)
-        except (ValueError, KeyError, TypeError):
-            parts = [None]
-        if not all(isinstance(part, str) for part in parts):
+            parts = row_parts(row, settings)
+        except (ValueError, KeyError, TypeError, RecursionError):
             problems.append((f"{what} {' and '.join(map(repr, settings.fields))}", place))
             continue
         if not parts[-1].strip():
@@ -1000,8 +995,9 @@ def row_documents(path, line, rows, settings, what, problems):
             continue
         try:
             values = tuple(part.encode() for part in parts)
-        except UnicodeEncodeError:
-            values = tuple(map(to_bytes, parts))
+        except UnicodeEncodeError:  # bytes that surrogateescape stands for come back, other lone surrogates are U+FFFD
+            parts = [re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", part) for part in parts]
+            values = tuple(part.encode(errors="surrogateescape") for part in parts)
             problems.append(("undecodable", place))
         if len(values) > 1:  # a prompt and its text stay together
             yield values, place
@@ -1009,20 +1005,19 @@ def row_documents(path, line, rows, settings, what, problems):
             yield from (((part,), place) for part in cut(values[0]))
 
 
-def parse_json(line, fields):
-    """The fields of a line of jsonl; "" for a blank one, None if it is not an object that has them."""
-    if not line.strip():
-        return ""
-    try:
-        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"))
-        return [row[name] for name in fields]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def to_bytes(text):
-    """UTF-8 of the text; bytes that surrogateescape stands for are back, other lone surrogates are U+FFFD."""
-    return re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text).encode(errors="surrogateescape")
+def row_parts(row, settings):
+    """The texts that make the document of a row; [""] for a blank line. ValueError, KeyError, TypeError or
+    RecursionError where it has none."""
+    if isinstance(row, bytes):
+        if not row.strip():
+            return [""]
+        values = json.loads(row.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"))
+        row = [values[name] for name in settings.fields]
+    _, make_parts = SHAPES[settings.shape]
+    parts = make_parts(*row)
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError("a part is no text")
+    return parts
 
 
 def cut(data):
