@@ -494,18 +494,19 @@ def write_batch(documents, settings, writers, state):
     """Writes a batch, each document to its split, in the order of the shuffle. Returns the documents that wait for the
     next batch: the held-out part must not stay empty, so until a document is held out, the one of smallest hash waits.
     """
-    hashes = np.array([document.hash for document in documents], dtype=np.uint64)
-    held_out, waiting = is_held_out(hashes, settings.val_fraction), []
-    if documents and not held_out.any() and not state["splits"]["val"]["documents"]:
-        waiting.append(documents.pop(int(hashes.argmin())))
+    waiting = []
+    if documents and not state["splits"]["val"]["documents"]:
+        smallest = min(range(len(documents)), key=lambda i: documents[i].hash)
+        if documents[smallest].hash >= settings.val_fraction:
+            waiting.append(documents.pop(smallest))
     state["batches"] += 1
-    n, size = len(documents), settings.shuffle_buffer
-    shuffled = np.random.RandomState([settings.seed, state["batches"]])  # a generator whose streams never change
-    order = range(n)
-    if n and size > 1:
-        order = np.concatenate([i + shuffled.permutation(min(size, n - i)) for i in range(0, n, size)])
-    for is_val, split in enumerate(SPLITS):
-        write_documents(split, [documents[i] for i in order if held_out[i] == is_val], writers, state)
+    rng = np.random.RandomState([settings.seed, state["batches"]])  # a generator whose streams never change
+    shuffled, size = [], settings.shuffle_buffer
+    for i in range(0, len(documents), size):
+        some = documents[i : i + size]
+        shuffled += [some[j] for j in rng.permutation(len(some))]
+    write_documents("train", [d for d in shuffled if d.hash >= settings.val_fraction], writers, state)
+    write_documents("val", [d for d in shuffled if d.hash < settings.val_fraction], writers, state)
     return waiting
 
 
@@ -1032,13 +1033,10 @@ def cut(data):
 
 
 def document_hash(values):
-    """64 bits of a hash of a document's text, which decide whether it is held out."""
-    return int.from_bytes(hashlib.blake2b(b"\0".join(values), digest_size=8).digest(), "big")
-
-
-def is_held_out(hashes, val_fraction):
-    """Whether documents of these hashes (uint64) are held out: the same choice whatever else the corpus holds."""
-    return hashes < np.uint64(min(int(val_fraction * 2**64), 2**64 - 1))
+    """A number from 0 to 1 that is a hash of a document's text. The document is held out where it is below
+    val_fraction: the same choice whatever else the corpus holds."""
+    digest = hashlib.blake2b(b"\0".join(values), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1049,7 +1047,7 @@ class Document(NamedTuple):
     tokens: np.ndarray  # the end-of-text token, then those of the prompt and of the text
     mask: np.ndarray | None  # uint8 beside them, in a data set of prompts: 0 for a prompt's
     n_bytes: int  # of prompts and texts
-    hash: int
+    hash: float
 
 
 def tokenize(encoding, settings, job):
@@ -1234,7 +1232,7 @@ def sample_texts(inputs, settings):
         enough = min(total + share, settings.bpe_sample)
         for job, _ in read_jobs([source], Place(), settings.fields):
             for values, _ in read_documents(job, settings, []):
-                if not is_held_out(np.uint64(document_hash(values)), settings.val_fraction):
+                if document_hash(values) >= settings.val_fraction:
                     yield b"\n".join(values).decode(errors="replace")
                     total += sum(map(len, values))
             if total >= enough:
