@@ -790,7 +790,7 @@ def open_stream(path):
         stored = urllib.request.urlopen(path, timeout=60)
     else:
         stored = open(path, "rb")
-    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": Zstandard}
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstandard}
     with stored:
         opener = openers.get(Path(path.split("?")[0]).suffix)
         yield opener(stored) if opener else stored
@@ -798,29 +798,9 @@ def open_stream(path):
             raise EOFError(f"the connection ended {stored.length:,} bytes before the end")
 
 
-class Zstandard:
-    """The content of a .zst stream of any number of frames. The library's own stream_reader says nothing where the
-    last frame is cut off; this raises EOFError."""
-
-    def __init__(self, stored):
-        self.pieces, self.rest = self.decompress(stored), b""
-
-    def decompress(self, stored):
-        zstandard, frame, data = optional("zstandard"), None, b""
-        while data := data or stored.read(1 << 16):
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(data)
-            data = frame.unused_data
-            frame = None if frame.eof else frame
-        if frame:
-            raise EOFError("the compressed file ends in the middle")
-
-    def read(self, n):
-        """The next n bytes; fewer at the end alone."""
-        while len(self.rest) < n and (piece := next(self.pieces, None)) is not None:
-            self.rest += piece
-        data, self.rest = self.rest[:n], self.rest[n:]
-        return data
+def open_zstandard(stored):
+    """The content of a .zst stream by pyarrow, which says where one is cut off; the library zstandard does not."""
+    return optional("pyarrow").CompressedInputStream(stored, "zstd")
 
 
 def whole_characters(data):
