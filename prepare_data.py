@@ -11,8 +11,8 @@ This file owns the shard format (its writer and its memory-mapped reader) and th
 The header is that of llm.c and modded-nanogpt (uint16 tokens), so their shards train here and ours there; a
 vocabulary over 65,536 takes uint32 tokens and another magic number.
 
-The file is read from top to bottom: the settings; the shards, and TokenData, which gives a training its rows; then the
-way of a text into shards (`prepare`): inputs are read in jobs of about 1 MB (`read_jobs`), worker processes make
+The file is read from top to bottom: the settings; the shards, with TokenData, which gives a training its rows; then
+the way of a text into shards (`prepare`): inputs are read in jobs of about 1 MB (`read_jobs`), worker processes make
 tokens of them (`tokenize`), and one process takes the tokens in the order of the text, shuffles and writes them
 (`write_shards`). Memory does not grow with the corpus, and any number of workers writes the same shards. Last come
 the tokenizers, the manifest, and the program.
@@ -140,7 +140,9 @@ def open_shard(path):
     expected = offset + count * dtype.itemsize
     if size != expected:
         raise UserError(f"shard {path} has {size} bytes where its header says {expected}: truncated or damaged")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)) if count else np.empty(0, dtype)
+    if not count:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset))  # a plain array is faster
 
 
 def open_mask(path, tokens):
@@ -151,7 +153,7 @@ def open_mask(path, tokens):
     size = path.stat().st_size
     if size != len(tokens):
         raise UserError(f"{path} has {size} bytes for a shard of {len(tokens)} tokens: truncated or damaged")
-    return np.memmap(path, dtype=np.uint8, mode="r")
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
 
 
 def shard_paths(folder, split):
@@ -230,10 +232,10 @@ class TokenData:
             tokens, mask = self.read(self.find_row(first + i))
             length = len(tokens) - 1
             if self.starts is not None:  # up to the next end of text, the last target: so a model learns to stop
-                tokens = np.append(tokens, self.eot)  # the split's last document gets one too
+                tokens, mask = np.append(tokens, self.eot), np.append(mask, 1)  # the split's last document gets one too
                 length = min(self.block_size, int(np.argmax(tokens[1:] == self.eot)) + 1)
-            x[i, :length], y[i, :length] = tokens[:length], tokens[1 : length + 1]
-            y[i, np.flatnonzero(mask[1 : length + 1] == 0)] = -100
+            x[i, :length] = tokens[:length]
+            y[i, :length] = np.where(mask[1 : length + 1], tokens[1 : length + 1], -100)
         return x, y
 
     def find_row(self, i):
@@ -252,7 +254,7 @@ class TokenData:
         while start < end:
             shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
             here = slice(start - int(self.offsets[shard]), end - int(self.offsets[shard]))
-            tokens = np.asarray(self.shards[shard][here])  # a plain array is faster
+            tokens = self.shards[shard][here].astype(np.int64)
             if tokens.max() >= self.vocab_size:
                 misfit = f"token {tokens.max()}: it does not fit the vocabulary of {self.vocab_size}"
                 raise UserError(f"shard {self.paths[shard]} holds {misfit}")
@@ -263,12 +265,11 @@ class TokenData:
 
 
 def document_starts(shards, eot):
-    """Places in a split (its shards one after the other) of the end-of-text tokens that begin a document: int64. What
-    has no text before the next one is no document."""
+    """Places in a split (its shards one after the other) of the end-of-text tokens before a text: an int64 array."""
     starts, offset, was_end = [np.empty(0, np.int64)], 0, False
     for tokens in shards:
         for start in range(0, len(tokens), JOB):
-            is_end = np.asarray(tokens[start : start + JOB]) == eot
+            is_end = tokens[start : start + JOB] == eot
             is_first = ~is_end & np.append(was_end, is_end[:-1])  # the first token of a text
             starts.append(offset + start + np.flatnonzero(is_first) - 1)
             was_end = is_end[-1]
@@ -291,6 +292,7 @@ def permute(i, n, key):
         i = left << half | right
         if i < n:
             return i
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards: the writer
@@ -394,9 +396,6 @@ def prepare(settings):
     if old.exists() and not folder.exists():  # a run ended between the two renames below
         old.rename(folder)
     inputs, source = find_inputs(settings)
-    is_bpe = settings.tokenizer.startswith("bpe:")
-    if is_bpe and any(i.path == "-" for i in inputs):
-        raise UserError("tokenizer bpe:N reads its sample first: standard input can be read once only, give a file")
     if folder.exists():
         if not settings.overwrite:
             raise UserError(f"{folder} exists; --overwrite replaces it, --dataset=NAME writes another")
@@ -404,12 +403,11 @@ def prepare(settings):
         strange = [p.name for p in folder.iterdir() if p.suffix not in (".bin", ".mask") and p.name not in known]
         if strange:
             raise UserError(f"{folder} is not a data set: it holds {strange[0]}; --dataset=NAME writes another")
-    encoding = None if is_bpe else get_tokenizer(settings.tokenizer, settings.eot_token)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial, f"preparing {folder}"):
             try:
-                write_shards(settings, inputs, source, encoding, partial)
+                write_shards(settings, inputs, source, partial)
             except UserError:
                 if not (partial / "progress.json").exists():  # there is nothing to go on from
                     shutil.rmtree(partial, ignore_errors=True)
@@ -426,14 +424,14 @@ def prepare(settings):
     return folder
 
 
-def write_shards(settings, inputs, source, encoding, partial):
+def write_shards(settings, inputs, source, partial):
     """Documents -> tokens -> split, shuffle -> shards and meta.json in the folder `partial`.
 
     Documents are taken in batches. After a batch, `state` is all there is to know; it is saved every save_interval
     seconds, when what it speaks of is on the disk.
     """
     started = saved = shown = time.monotonic()
-    state, encoding = begin(settings, inputs, encoding, partial)
+    state, encoding = begin(settings, inputs, partial)
     train, val = state["splits"]["train"], state["splits"]["val"]
     bytes_before = train["bytes"] + val["bytes"]
     writers = {}
@@ -552,9 +550,8 @@ def halves(document, encoding, source):
     return [make_document(encoding, [encode(encoding, part)], [part]) for part in (text[:middle], text[middle:])]
 
 
-def begin(settings, inputs, encoding, partial):
-    """(state, encoding) of an interrupted run with equal settings and inputs, or of a new one; `encoding` None stands
-    for a tokenizer that is still to be trained."""
+def begin(settings, inputs, partial):
+    """(state, encoding) of an interrupted run with equal settings and inputs, or of a new one."""
     path, mark = partial / "progress.json", fingerprint(settings, inputs)
     if path.exists():
         try:
@@ -567,11 +564,12 @@ def begin(settings, inputs, encoding, partial):
             return state, encoding
         except (ValueError, KeyError, TypeError, OSError) as error:
             print(f"{partial} cannot be continued, {error}: beginning anew", file=sys.stderr)
+    if settings.tokenizer.startswith("bpe:"):
+        encoding = train_bpe(inputs, settings)
+    else:
+        encoding = get_tokenizer(settings.tokenizer, settings.eot_token)
     for file in partial.iterdir():
         file.unlink()
-    if encoding is None:
-        print(f"training {settings.tokenizer} on a sample", file=sys.stderr)
-        encoding = train_bpe(int(settings.tokenizer[4:]), inputs, settings)
     state = {
         "fingerprint": mark,
         "tokenizer": save_tokenizer(partial, tokenizer_state(encoding)),
@@ -629,7 +627,12 @@ def show_progress(state, rate, inputs):
 # Inputs: which there are
 
 SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSIONS = {  # suffix: what makes a stream of the content of a compressed one
+    ".gz": gzip.open,
+    ".zst": lambda stored: optional("pyarrow").CompressedInputStream(stored, "zstd"),
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
 KNOWN = f"{', '.join(SUFFIXES)}, compressed as {', '.join(COMPRESSIONS)}"
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CORPORA = {  # --dataset=NAME without input: the input, and the shape of its rows
@@ -720,12 +723,9 @@ def stdlib_files():
 
 
 def kind_of(path):
-    """text, jsonl or parquet by the suffix, before which one of a compression may stand; None for any other."""
-    name = str(path)
-    for suffix in COMPRESSIONS:
-        name = name.removesuffix(suffix)
-    kind = SUFFIXES.get(Path(name).suffix)
-    return None if kind == "parquet" and name != str(path) else kind
+    """text, jsonl or parquet by the suffix, after which one of a compression may stand; None for any other."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
+    return SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
 def optional(module, package=None):
@@ -790,17 +790,11 @@ def open_stream(path):
         stored = urllib.request.urlopen(path, timeout=60)
     else:
         stored = open(path, "rb")
-    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstandard}
     with stored:
-        opener = openers.get(Path(path.split("?")[0]).suffix)
-        yield opener(stored) if opener else stored
+        decompress = COMPRESSIONS.get(Path(path.split("?")[0]).suffix)
+        yield decompress(stored) if decompress else stored
         if getattr(stored, "length", None):  # what http.client still expects
             raise EOFError(f"the connection ended {stored.length:,} bytes before the end")
-
-
-def open_zstandard(stored):
-    """The content of a .zst stream by pyarrow, which says where one is cut off; the library zstandard does not."""
-    return optional("pyarrow").CompressedInputStream(stored, "zstd")
 
 
 def whole_characters(data):
@@ -828,8 +822,7 @@ def read_hub(source, place, fields):
     """hub:OWNER/NAME[:CONFIG[:SPLIT]], streamed: ROWS rows at once; OWNER/NAME may be a local folder."""
     name, config, split = (source.path.removeprefix("hub:").split(":") + ["", ""])[:3]
     rows = optional("datasets").load_dataset(name, config or None, split=split or "train", streaming=True)
-    row = place.offset
-    rows = iter(rows.skip(row) if row else rows)
+    row, rows = place.offset, iter(rows.skip(place.offset))
     while batch := list(itertools.islice(rows, ROWS)):
         check_fields(source, fields, list(batch[0]))
         row += len(batch)
@@ -946,13 +939,13 @@ def text_documents(path, line, data, problems):
     """The documents of lines of plain text, which are a whole file where it is short enough."""
     for text in cut(data):
         place = path
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            n_lines = text.count(b"\n", 0, error.start)
+            place = f"{path}:{line + n_lines}"
+            problems.append(("undecodable", place))
         if text.strip():
-            try:
-                text.decode()
-            except UnicodeDecodeError as error:
-                n_lines = text.count(b"\n", 0, error.start)
-                place = f"{path}:{line + n_lines}"
-                problems.append(("undecodable", place))
             yield (text,), place
         else:
             problems.append(("empty", f"{path}:{line}"))
@@ -1194,14 +1187,17 @@ def get_tokenizer(name, eot_token=""):
         raise UserError(f"tokenizer {name}: {reason}; {hint}") from None
 
 
-def train_bpe(n_vocab, inputs, settings):
-    """Byte-level BPE of n_vocab tokens with the end of text, trained on a sample of the inputs: a tiktoken.Encoding."""
+def train_bpe(inputs, settings):
+    """The tokenizer bpe:N: a byte-level BPE of N tokens with the end of text, trained on a sample of the inputs."""
+    if any(source.path == "-" for source in inputs):
+        raise UserError("tokenizer bpe:N reads its sample first: standard input can be read once only, give a file")
+    print(f"training {settings.tokenizer} on a sample", file=sys.stderr)
     trainer = optional("rustbpe").Tokenizer()
-    trainer.train_from_iterator(sample_texts(inputs, settings), n_vocab - 1)
+    trainer.train_from_iterator(sample_texts(inputs, settings), int(settings.tokenizer.removeprefix("bpe:")) - 1)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     special = {END_OF_TEXT: len(ranks)}  # a small text may have fewer merges than asked for
     pattern = trainer.get_pattern()
-    return tiktoken.Encoding(f"bpe:{n_vocab}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(settings.tokenizer, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def sample_texts(inputs, settings):
@@ -1266,7 +1262,7 @@ def encode(encoding, text):
         ids = []
         for i, part in enumerate(re.split("([\udc80-\udcff]+)", data.decode(errors="surrogateescape"))):
             if i % 2:
-                ids += [encoding.encode_single_token(bytes([ord(c) - 0xDC00])) for c in part]
+                ids += [encoding.encode_single_token(bytes([byte])) for byte in part.encode(errors="surrogateescape")]
             else:
                 ids += encoding.encode_ordinary(part)
         return np.array(ids, dtype=np.uint32)
