@@ -218,6 +218,21 @@ NO_EFFECT = set(
 )
 
 
+@dataclass(frozen=True)
+class Family:
+    """One row: which of our models an architecture is, and its names. The row's own name is their model_type."""
+
+    norm: str  # the row of SCHEMES
+    norm_names: dict  # their name of a norm -> ours
+    settings: dict = field(default_factory=dict)  # their name of a setting -> ours, besides SETTINGS
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    mlps: tuple = ("dense",)  # dense, experts or shared experts: the first must occur, the others may
+    is_interleaved: bool = False  # rotates the pairs (2i, 2i + 1) where we rotate (i, i + head_dim / 2)
+    write: Callable = lambda config: {}  # GPTConfig -> their settings that are not ours under another name
+    read: Callable = lambda theirs: {}  # their config -> our fields from those
+
+
 def qwen3_moe_write(c):
     dense = [l - 1 for l in range(1, c.n_layer + 1) if l < c.moe_from or (l - c.moe_from) % c.moe_every]
     return {"moe_intermediate_size": c.n_hidden, "mlp_only_layers": dense, "decoder_sparse_step": 1}
@@ -234,32 +249,23 @@ def qwen3_moe_read(theirs):
     return {"moe_from": first, "moe_every": every, "n_hidden": theirs.moe_intermediate_size}
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row: which of our models an architecture is, and its names. The row's own name is their model_type."""
+def granite_write(c):
+    return {"shared_intermediate_size": c.n_expert_shared * c.n_hidden, "attention_multiplier": c.head_dim**-0.5}
 
-    norm: str  # the row of SCHEMES
-    norm_names: dict  # their name of a norm -> ours
-    settings: dict = field(default_factory=dict)  # their name of a setting -> ours, besides SETTINGS
-    qk_norm: str = "none"
-    qkv_bias: bool = False
-    mlps: tuple = ("dense",)  # dense, experts or shared experts: the first must occur, the others may
-    is_interleaved: bool = False  # rotates the pairs (2i, 2i + 1) where we rotate (i, i + head_dim / 2)
-    write: Callable = lambda config: {}  # GPTConfig -> their settings that are not ours under another name
-    read: Callable = lambda theirs: {}  # their config -> our fields from those
+
+def granite_read(theirs):
+    return {"n_expert_shared": theirs.shared_intermediate_size // theirs.intermediate_size}
+
+
+def glm4_write(c):
+    return {"attention_bias": False, "partial_rotary_factor": 1.0}
 
 
 FAMILIES = {
     "llama": Family("pre", NORMS_A, HEAD_DIM),
     "qwen2": Family("pre", NORMS_A, qkv_bias=True),
     "qwen3": Family("pre", NORMS_A, HEAD_DIM, qk_norm="head"),
-    "glm4": Family(
-        "sandwich",
-        NORMS_AB,
-        HEAD_DIM,
-        is_interleaved=True,
-        write=lambda c: {"attention_bias": False, "partial_rotary_factor": 1.0},
-    ),
+    "glm4": Family("sandwich", NORMS_AB, HEAD_DIM, is_interleaved=True, write=glm4_write),
     "olmo2": Family("out", NORMS_B, qk_norm="full"),
     "mixtral": Family("pre", NORMS_A, N_LOCAL | HEAD_DIM, mlps=("experts",)),
     "olmoe": Family("pre", NORMS_A, N_EXPERTS, qk_norm="full", mlps=("experts",)),
@@ -273,15 +279,7 @@ FAMILIES = {
         read=qwen3_moe_read,
     ),
     "granitemoeshared": Family(
-        "pre",
-        NORMS_A,
-        N_LOCAL,
-        mlps=("shared experts",),
-        write=lambda c: {
-            "shared_intermediate_size": c.n_expert_shared * c.n_hidden,
-            "attention_multiplier": c.head_dim**-0.5,
-        },
-        read=lambda theirs: {"n_expert_shared": theirs.shared_intermediate_size // theirs.intermediate_size},
+        "pre", NORMS_A, N_LOCAL, mlps=("shared experts",), write=granite_write, read=granite_read
     ),
 }
 
