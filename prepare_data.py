@@ -146,10 +146,10 @@ def open_shard(path):
 
 
 def open_mask(path, tokens):
-    """The mask beside a shard, a read-only memory map of uint8, or None without one; UserError if it is truncated."""
+    """The mask beside a shard, a read-only memory map of uint8; ones without one. UserError if it is truncated."""
     path = Path(path).with_suffix(".mask")
     if not path.exists():
-        return None
+        return np.broadcast_to(np.uint8(1), len(tokens))
     size = path.stat().st_size
     if size != len(tokens):
         raise UserError(f"{path} has {size} bytes for a shard of {len(tokens)} tokens: truncated or damaged")
@@ -259,7 +259,7 @@ class TokenData:
                 misfit = f"token {tokens.max()}: it does not fit the vocabulary of {self.vocab_size}"
                 raise UserError(f"shard {self.paths[shard]} holds {misfit}")
             parts.append(tokens)
-            masks.append(np.ones(len(tokens), np.uint8) if self.masks[shard] is None else self.masks[shard][here])
+            masks.append(self.masks[shard][here])
             start += len(tokens)
         return np.concatenate(parts), np.concatenate(masks)
 
@@ -1351,11 +1351,11 @@ def shard_faults(folder, split, meta, with_checksums):
             yield f"{path} is not in {folder}/meta.json"
         elif shard["tokens"] != len(tokens):
             yield f"{path} holds {len(tokens)} tokens where meta.json counts {shard['tokens']}"
-        elif ("mask_crc32" in shard) != (mask is not None):
-            yield f"{mask_path} {'is missing' if mask is None else 'is not in meta.json'}"
+        elif ("mask_crc32" in shard) != mask_path.exists():
+            yield f"{mask_path} {'is not in meta.json' if mask_path.exists() else 'is missing'}"
         elif with_checksums:
-            for file, array, known in ((path, tokens, shard["crc32"]), (mask_path, mask, shard.get("mask_crc32"))):
-                if array is not None and zlib.crc32(array) != known:
+            for file, array, checksum in ((path, tokens, shard["crc32"]), (mask_path, mask, shard.get("mask_crc32"))):
+                if checksum is not None and zlib.crc32(array) != checksum:
                     yield f"{file} does not have its checksum: its content was changed or damaged"
     if counts["tokens"] != total:
         yield f"{folder}/meta.json counts {counts['tokens']} {split} tokens, its shards hold {total}"
@@ -1383,20 +1383,19 @@ def adopt(settings):
         raise UserError(f"{folder} has a meta.json already")
     encoding, splits = get_tokenizer(settings.tokenizer, settings.eot_token), {}
     lengths = np.array([len(decode_bytes(encoding, [i])) for i in range(encoding.n_vocab)])
+    lengths[encoding.eot_token] = 0
     for split in SPLITS:
-        shards, n_documents, n_bytes = [], 0, 0
+        shards, counts = [], np.zeros(encoding.n_vocab, np.int64)  # counts: of each token in the split
         for path in shard_paths(folder, split):
             tokens = open_shard(path)
             for start in range(0, len(tokens), JOB):
-                counts = np.bincount(tokens[start : start + JOB], minlength=encoding.n_vocab)
-                if len(counts) > encoding.n_vocab:
+                some = tokens[start : start + JOB]
+                if some.max() >= encoding.n_vocab:
                     maker = f"tokenizer {encoding.name} of {encoding.n_vocab}"
-                    raise UserError(f"{path} holds token {len(counts) - 1}: {maker} did not make it")
-                n_documents += int(counts[encoding.eot_token])
-                counts[encoding.eot_token] = 0
-                n_bytes += int(counts @ lengths)
+                    raise UserError(f"{path} holds token {some.max()}: {maker} did not make it")
+                counts += np.bincount(some, minlength=encoding.n_vocab)
             shards.append({"file": path.name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
-        n_tokens = sum(shard["tokens"] for shard in shards)
+        n_tokens, n_documents, n_bytes = map(int, (counts.sum(), counts[encoding.eot_token], counts @ lengths))
         if not n_tokens:
             raise UserError(f"no {split} shards ({split}_*.bin or {split}.bin) in {folder}")
         splits[split] = {"documents": n_documents, "bytes": n_bytes, "shards": shards, "tokens": n_tokens}
