@@ -560,7 +560,7 @@ def build_tokenizer(state, config):
         special = encoding._special_tokens
         # The special tokens stand among the others too: so each keeps its number, where there are gaps as well.
         ranks = {**encoding._mergeable_ranks, **{word.encode(): i for word, i in special.items()}}
-        convert = prepare_data.optional("transformers.convert_slow_tokenizer", "transformers").TikTokenConverter
+        convert = prepare_data.optional("transformers.convert_slow_tokenizer").TikTokenConverter
         converter = convert(pattern=encoding._pat_str, extra_special_tokens=special)
         converter.load_tiktoken_bpe = lambda path: ranks  # there is no file
         tokenizer, end = converter.converted(), prepare_data.END_OF_TEXT
@@ -586,7 +586,7 @@ def import_tokenizer(folder):
         raise UserError(f"there is no {path}")
     begin, end = config.get("bos_token_id"), config.get("eos_token_id")
     ends = end if isinstance(end, list) else [end]
-    tokenizers = prepare_data.optional("tokenizers", "transformers")
+    tokenizers = prepare_data.optional("tokenizers")
     with explained(f"{path} cannot be read"):
         words = {number: word for word, number in tokenizers.Tokenizer.from_file(str(path)).get_vocab().items()}
         between = next((words[number] for number in (begin, *ends) if number in words), "")
@@ -666,9 +666,7 @@ def harness_model(out_dir, device="auto", batch_size=16):
     if checkpoint["tokenizer"] is None:
         raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
     encoding = prepare_data.build_encoding(checkpoint["tokenizer"])
-    api, utils, generation = (
-        prepare_data.optional(f"lm_eval.{part}", "lm_eval") for part in ("api.model", "utils", "models.utils")
-    )
+    api, utils, generation = map(prepare_data.optional, ("lm_eval.api.model", "lm_eval.utils", "lm_eval.models.utils"))
 
     class HarnessModel(api.TemplateLM):
         eot_token_id = encoding.eot_token
@@ -838,7 +836,7 @@ def run_harness(settings):
 
 def write_questions(settings):
     """--questions_from: the questions of those tasks, one after another, in the jsonl --to."""
-    manager = prepare_data.optional("lm_eval.tasks", "lm_eval").TaskManager()
+    manager = prepare_data.optional("lm_eval.tasks").TaskManager()
     with explained(f"lm_eval cannot load {settings.questions_from!r}"):
         tasks = manager.load(settings.questions_from.split(","))["tasks"].values()
         questions = [q for task in tasks for q in convert_questions(task, settings.num_fewshot)]

@@ -24,6 +24,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -728,12 +729,12 @@ def kind_of(path):
     return SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def optional(module, package=None):
-    """The optional library `module`; UserError that names its `pip install` where it is missing."""
+def optional(module):
+    """A module of an optional library; UserError that names its `pip install` where it is missing."""
     try:
-        return __import__(module, fromlist=["_"])
+        return importlib.import_module(module)
     except ImportError:
-        package = package or module
+        package = module.partition(".")[0]
         raise UserError(f"this needs the optional library {package}: pip install {package}") from None
 
 
@@ -807,7 +808,7 @@ def whole_characters(data):
 
 def read_parquet(source, place, fields):
     """Parquet: ROWS rows at once, and a new piece for each row group."""
-    with optional("pyarrow.parquet", "pyarrow").ParquetFile(source.path) as file:
+    with optional("pyarrow.parquet").ParquetFile(source.path) as file:
         check_fields(source, fields, file.schema_arrow.names)
         row = 0
         for group in range(file.num_row_groups):
