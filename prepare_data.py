@@ -305,7 +305,7 @@ def token_type(vocab_size):
 
 
 class ShardWriter:
-    """Writes tokens to folder/split_000000.bin and on, shard_size tokens each.
+    """Appends tokens to folder/split_000000.bin and on, shard_size tokens each; `sync` completes the last shard.
 
     `shards` is what the manifest says of them: file, tokens, crc32 of the tokens' bytes, and mask_crc32 where a mask
     goes beside them. Given those of an earlier writer, it goes on after them.
@@ -316,61 +316,54 @@ class ShardWriter:
         self.folder, self.split, self.shard_size = Path(folder), split, shard_size
         self.dtype = np.dtype(token_type(vocab_size))
         self.shards = [] if shards is None else shards
-        self.files = []  # those of the last shard while it has room: the tokens', and the mask's
-        if self.shards and self.shards[-1]["tokens"] < shard_size:
-            self.open_last()
-
-    def open_last(self):
-        """Opens the last shard's files at the end of what `shards` says of them, without what an interrupted run wrote
-        after it."""
-        shard = self.shards[-1]
-        path = self.folder / shard["file"]
-        sizes = {path: 4 * HEADER + shard["tokens"] * self.dtype.itemsize}
-        if "mask_crc32" in shard:
-            sizes[path.with_suffix(".mask")] = shard["tokens"]
-        for path, size in sizes.items():
-            if shard["tokens"] and not (path.exists() and path.stat().st_size >= size):
+        for path, size in self.last_files().items():
+            if not (path.exists() and path.stat().st_size >= size):
                 raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
-            self.files.append(open(path, "r+b" if shard["tokens"] else "wb"))
-            self.files[-1].truncate(size)
-            self.files[-1].seek(size)
+            os.truncate(path, size)  # an interrupted run may have written more
+
+    def last_files(self):
+        """{path: bytes} of the last shard's files: that of the tokens, and that of the mask if it has one."""
+        if not self.shards:
+            return {}
+        last = self.shards[-1]
+        path = self.folder / last["file"]
+        sizes = {path: 4 * HEADER + last["tokens"] * self.dtype.itemsize}
+        if "mask_crc32" in last:
+            sizes[path.with_suffix(".mask")] = last["tokens"]
+        return sizes
 
     def write(self, tokens, mask=None):
         """Appends an integer array, and its mask (uint8) in a data set that has any."""
-        while len(tokens):
-            if not self.files:
-                self.shards.append({"file": f"{self.split}_{len(self.shards):06d}.bin", "tokens": 0, "crc32": 0})
-                if mask is not None:
-                    self.shards[-1]["mask_crc32"] = 0
-                self.open_last()
-            shard = self.shards[-1]
-            n = self.shard_size - shard["tokens"]
-            part, tokens = np.ascontiguousarray(tokens[:n], dtype=self.dtype), tokens[n:]
-            self.files[0].write(part)
-            shard["crc32"] = zlib.crc32(part, shard["crc32"])
-            if mask is not None:
-                self.files[1].write(mask[:n])
-                shard["mask_crc32"], mask = zlib.crc32(mask[:n], shard["mask_crc32"]), mask[n:]
-            shard["tokens"] += len(part)
-            if shard["tokens"] == self.shard_size:
-                self.close()
+        arrays = {"crc32": tokens.astype(self.dtype, copy=False)}  # under the name of its checksum
+        if mask is not None:
+            arrays["mask_crc32"] = mask
+        while len(arrays["crc32"]):
+            if not self.shards or self.shards[-1]["tokens"] == self.shard_size:
+                file = f"{self.split}_{len(self.shards):06d}.bin"
+                self.shards.append({"file": file, "tokens": 0, **dict.fromkeys(arrays, 0)})
+                for path, size in self.last_files().items():
+                    path.write_bytes(bytes(size))  # room for the header
+            last = self.shards[-1]
+            n = min(len(arrays["crc32"]), self.shard_size - last["tokens"])
+            for path, name in zip(self.last_files(), arrays):
+                part, arrays[name] = arrays[name][:n], arrays[name][n:]
+                with open(path, "ab") as file:
+                    file.write(part)
+                last[name] = zlib.crc32(part, last[name])
+            last["tokens"] += n
+            if last["tokens"] == self.shard_size:
+                self.sync()
 
     def sync(self):
         """Brings the last shard to the disk, with a header that says how long it is."""
-        if self.files:
-            header = np.zeros(HEADER, dtype="<i4")
-            header[:3] = *FORMATS[self.dtype.type], self.shards[-1]["tokens"]
-            self.files[0].seek(0)
-            self.files[0].write(header)
-            self.files[0].seek(0, os.SEEK_END)
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-
-    def close(self):
-        self.sync()
-        while self.files:
-            self.files.pop().close()
+        for path in self.last_files():
+            with open(path, "r+b") as file:
+                if path.suffix == ".bin":
+                    header = np.zeros(HEADER, dtype="<i4")
+                    header[:3] = *FORMATS[self.dtype.type], self.shards[-1]["tokens"]
+                    file.write(header)
+                    file.flush()
+                os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,38 +439,36 @@ def write_shards(settings, inputs, source, partial):
     jobs = read_jobs(inputs, Place(*state["place"]), settings.fields)
     tokenized = tokenize_all(jobs, encoding, settings, num_workers, (partial, state["tokenizer"]))
     batch, waiting = [], []
-    try:
-        for documents, problems, place in tokenized:
-            batch += documents
-            for kind, where in problems:
-                count, places = state["problems"].get(kind, (0, []))
-                state["problems"][kind] = count + 1, (places + [where])[:3]
-            if len(batch) < settings.shuffle_buffer and sum(document.n_bytes for document in batch) < BATCH_BYTES:
-                continue
-            waiting, batch = write_batch(waiting + batch, settings, writers, state), []
-            state["place"] = place
-            if time.monotonic() - shown >= SHOW_INTERVAL:
-                shown = time.monotonic()
-                show_progress(state, (train["bytes"] + val["bytes"] - bytes_before) / (shown - started), inputs)
-            if train["documents"] > 10_000:  # fewer are too few to judge a corpus by
-                check_problems(settings, state, source)
-            if settings.max_tokens and train["tokens"] >= settings.max_tokens:
-                break
-            if can_continue and not waiting and time.monotonic() - saved >= settings.save_interval:
-                for writer in writers.values():
-                    writer.sync()
-                save_json(partial / "progress.json", state)
-                saved = time.monotonic()
-        waiting = write_batch(waiting + batch, settings, writers, state)
-        check_problems(settings, state, source, len(waiting))
-        if waiting and not train["documents"]:  # it is the only document
-            first, rest = halves(waiting[0], encoding, source)
-            write_documents("train", [first], writers, state)
-            waiting = [rest]
-        write_documents("val", waiting, writers, state)
-    finally:
-        for writer in writers.values():
-            writer.close()
+    for documents, problems, place in tokenized:
+        batch += documents
+        for kind, where in problems:
+            count, places = state["problems"].get(kind, (0, []))
+            state["problems"][kind] = count + 1, (places + [where])[:3]
+        if len(batch) < settings.shuffle_buffer and sum(document.n_bytes for document in batch) < BATCH_BYTES:
+            continue
+        waiting, batch = write_batch(waiting + batch, settings, writers, state), []
+        state["place"] = place
+        if time.monotonic() - shown >= SHOW_INTERVAL:
+            shown = time.monotonic()
+            show_progress(state, (train["bytes"] + val["bytes"] - bytes_before) / (shown - started), inputs)
+        if train["documents"] > 10_000:  # fewer are too few to judge a corpus by
+            check_problems(settings, state, source)
+        if settings.max_tokens and train["tokens"] >= settings.max_tokens:
+            break
+        if can_continue and not waiting and time.monotonic() - saved >= settings.save_interval:
+            for writer in writers.values():
+                writer.sync()
+            save_json(partial / "progress.json", state)
+            saved = time.monotonic()
+    waiting = write_batch(waiting + batch, settings, writers, state)
+    check_problems(settings, state, source, len(waiting))
+    if waiting and not train["documents"]:  # it is the only document
+        first, rest = halves(waiting[0], encoding, source)
+        write_documents("train", [first], writers, state)
+        waiting = [rest]
+    write_documents("val", waiting, writers, state)
+    for writer in writers.values():
+        writer.sync()
 
     for kind, (count, places) in state["problems"].items():
         if kind != "empty":  # an empty file is no news: meta.json counts it
