@@ -123,10 +123,8 @@ def read_settings(declaration, description, argv=None, positional=None, never_li
 
 
 def take_values(args, kinds):
-    """Removes from the front of `args` the values of a setting that has no "=": several for a list, one for others.
-
-    A switch may stand alone, which means true, also before an argument that is not its value.
-    """
+    """Removes from the front of `args` the values of a setting that has no "=": several for a list, one for others. A
+    switch may stand alone, which means true, also before an argument that is not its value."""
     if bool in kinds and not (args and args[0].lower() in SWITCH):
         return ["true"]
     texts = []
