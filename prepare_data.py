@@ -334,22 +334,22 @@ class ShardWriter:
 
     def write(self, tokens, mask=None):
         """Appends an integer array, and its mask (uint8) in a data set that has any."""
-        arrays = {"crc32": tokens.astype(self.dtype, copy=False)}  # under the name of its checksum
+        arrays = {"crc32": tokens.astype(self.dtype, copy=False)}  # each under the name of its checksum
         if mask is not None:
             arrays["mask_crc32"] = mask
         while len(arrays["crc32"]):
             if not self.shards or self.shards[-1]["tokens"] == self.shard_size:
-                file = f"{self.split}_{len(self.shards):06d}.bin"
-                self.shards.append({"file": file, "tokens": 0, **dict.fromkeys(arrays, 0)})
+                name = f"{self.split}_{len(self.shards):06d}.bin"
+                self.shards.append({"file": name, "tokens": 0, **dict.fromkeys(arrays, 0)})
                 for path, size in self.last_files().items():
                     path.write_bytes(bytes(size))  # room for the header
             last = self.shards[-1]
             n = min(len(arrays["crc32"]), self.shard_size - last["tokens"])
-            for path, name in zip(self.last_files(), arrays):
-                part, arrays[name] = arrays[name][:n], arrays[name][n:]
+            for path, checksum in zip(self.last_files(), arrays):
+                part, arrays[checksum] = arrays[checksum][:n], arrays[checksum][n:]
                 with open(path, "ab") as file:
                     file.write(part)
-                last[name] = zlib.crc32(part, last[name])
+                last[checksum] = zlib.crc32(part, last[checksum])
             last["tokens"] += n
             if last["tokens"] == self.shard_size:
                 self.sync()
