@@ -600,7 +600,7 @@ def write_data(settings, tokenizer):
     given |= dict(tokenizer=str(Path(settings.import_from) / "tokenizer.json"), eot_token=tokenizer["eot_token"])
     try:
         folder = prepare_data.prepare(prepare_data.Settings(**given, val_fraction=0.5))
-    except UserError:  # too few of them
+    except UserError:  # perhaps there are too few documents for that
         folder = prepare_data.prepare(prepare_data.Settings(**given, val_fraction=1e-9))
     print(f"wrote {folder}")
 
