@@ -123,10 +123,8 @@ def read_settings(declaration, description, argv=None, positional=None, never_li
 
 
 def take_values(args, kinds):
-    """Removes from the front of `args` the values of a setting that has no "=": several for a list, one for others.
-
-    A switch may stand alone, which means true, also before an argument that is not its value.
-    """
+    """Removes from the front of `args` the values of a setting that has no "=": several for a list, one for others. A
+    switch may stand alone, which means true, also before an argument that is not its value."""
     if bool in kinds and not (args and args[0].lower() in SWITCH):
         return ["true"]
     texts = []
@@ -303,12 +301,13 @@ def read_log(path):
     records = []
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
-            records.append(json.loads(line))
-            is_record = type(records[-1]["step"]) is int
+            record = json.loads(line)
+            if type(record["step"]) is not int:
+                raise ValueError("its step is no whole number")
         except (ValueError, KeyError, TypeError, RecursionError):
-            is_record = False
-        if not is_record:
-            raise UserError(f"{path}:{number} is not a JSON object with a step; mend the line or move the file away")
+            fault = "is not a JSON object with a step; mend the line or move the file away"
+            raise UserError(f"{path}:{number} {fault}") from None
+        records.append(record)
     return records
 
 

@@ -218,6 +218,21 @@ NO_EFFECT = set(
 )
 
 
+@dataclass(frozen=True)
+class Family:
+    """One row: which of our models an architecture is, and its names. The row's own name is their model_type."""
+
+    norm: str  # the row of SCHEMES
+    norm_names: dict  # their name of a norm -> ours
+    settings: dict = field(default_factory=dict)  # their name of a setting -> ours, besides SETTINGS
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    mlps: tuple = ("dense",)  # dense, experts or shared experts: the first must occur, the others may
+    is_interleaved: bool = False  # rotates the pairs (2i, 2i + 1) where we rotate (i, i + head_dim / 2)
+    write: Callable = lambda config: {}  # GPTConfig -> their settings that are not ours under another name
+    read: Callable = lambda theirs: {}  # their config -> our fields from those
+
+
 def qwen3_moe_write(c):
     dense = [l - 1 for l in range(1, c.n_layer + 1) if l < c.moe_from or (l - c.moe_from) % c.moe_every]
     return {"moe_intermediate_size": c.n_hidden, "mlp_only_layers": dense, "decoder_sparse_step": 1}
@@ -234,32 +249,23 @@ def qwen3_moe_read(theirs):
     return {"moe_from": first, "moe_every": every, "n_hidden": theirs.moe_intermediate_size}
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row: which of our models an architecture is, and its names. The row's own name is their model_type."""
+def granite_write(c):
+    return {"shared_intermediate_size": c.n_expert_shared * c.n_hidden, "attention_multiplier": c.head_dim**-0.5}
 
-    norm: str  # the row of SCHEMES
-    norm_names: dict  # their name of a norm -> ours
-    settings: dict = field(default_factory=dict)  # their name of a setting -> ours, besides SETTINGS
-    qk_norm: str = "none"
-    qkv_bias: bool = False
-    mlps: tuple = ("dense",)  # dense, experts or shared experts: the first must occur, the others may
-    is_interleaved: bool = False  # rotates the pairs (2i, 2i + 1) where we rotate (i, i + head_dim / 2)
-    write: Callable = lambda config: {}  # GPTConfig -> their settings that are not ours under another name
-    read: Callable = lambda theirs: {}  # their config -> our fields from those
+
+def granite_read(theirs):
+    return {"n_expert_shared": theirs.shared_intermediate_size // theirs.intermediate_size}
+
+
+def glm4_write(c):
+    return {"attention_bias": False, "partial_rotary_factor": 1.0}
 
 
 FAMILIES = {
     "llama": Family("pre", NORMS_A, HEAD_DIM),
     "qwen2": Family("pre", NORMS_A, qkv_bias=True),
     "qwen3": Family("pre", NORMS_A, HEAD_DIM, qk_norm="head"),
-    "glm4": Family(
-        "sandwich",
-        NORMS_AB,
-        HEAD_DIM,
-        is_interleaved=True,
-        write=lambda c: {"attention_bias": False, "partial_rotary_factor": 1.0},
-    ),
+    "glm4": Family("sandwich", NORMS_AB, HEAD_DIM, is_interleaved=True, write=glm4_write),
     "olmo2": Family("out", NORMS_B, qk_norm="full"),
     "mixtral": Family("pre", NORMS_A, N_LOCAL | HEAD_DIM, mlps=("experts",)),
     "olmoe": Family("pre", NORMS_A, N_EXPERTS, qk_norm="full", mlps=("experts",)),
@@ -273,15 +279,7 @@ FAMILIES = {
         read=qwen3_moe_read,
     ),
     "granitemoeshared": Family(
-        "pre",
-        NORMS_A,
-        N_LOCAL,
-        mlps=("shared experts",),
-        write=lambda c: {
-            "shared_intermediate_size": c.n_expert_shared * c.n_hidden,
-            "attention_multiplier": c.head_dim**-0.5,
-        },
-        read=lambda theirs: {"n_expert_shared": theirs.shared_intermediate_size // theirs.intermediate_size},
+        "pre", NORMS_A, N_LOCAL, mlps=("shared experts",), write=granite_write, read=granite_read
     ),
 }
 
@@ -562,7 +560,7 @@ def build_tokenizer(state, config):
         special = encoding._special_tokens
         # The special tokens stand among the others too: so each keeps its number, where there are gaps as well.
         ranks = {**encoding._mergeable_ranks, **{word.encode(): i for word, i in special.items()}}
-        convert = prepare_data.optional("transformers.convert_slow_tokenizer", "transformers").TikTokenConverter
+        convert = prepare_data.optional("transformers.convert_slow_tokenizer").TikTokenConverter
         converter = convert(pattern=encoding._pat_str, extra_special_tokens=special)
         converter.load_tiktoken_bpe = lambda path: ranks  # there is no file
         tokenizer, end = converter.converted(), prepare_data.END_OF_TEXT
@@ -588,7 +586,7 @@ def import_tokenizer(folder):
         raise UserError(f"there is no {path}")
     begin, end = config.get("bos_token_id"), config.get("eos_token_id")
     ends = end if isinstance(end, list) else [end]
-    tokenizers = prepare_data.optional("tokenizers", "transformers")
+    tokenizers = prepare_data.optional("tokenizers")
     with explained(f"{path} cannot be read"):
         words = {number: word for word, number in tokenizers.Tokenizer.from_file(str(path)).get_vocab().items()}
         between = next((words[number] for number in (begin, *ends) if number in words), "")
@@ -602,7 +600,7 @@ def write_data(settings, tokenizer):
     given |= dict(tokenizer=str(Path(settings.import_from) / "tokenizer.json"), eot_token=tokenizer["eot_token"])
     try:
         folder = prepare_data.prepare(prepare_data.Settings(**given, val_fraction=0.5))
-    except prepare_data.BadText:
+    except UserError:  # perhaps there are too few documents for that
         folder = prepare_data.prepare(prepare_data.Settings(**given, val_fraction=1e-9))
     print(f"wrote {folder}")
 
@@ -668,9 +666,7 @@ def harness_model(out_dir, device="auto", batch_size=16):
     if checkpoint["tokenizer"] is None:
         raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
     encoding = prepare_data.build_encoding(checkpoint["tokenizer"])
-    api, utils, generation = (
-        prepare_data.optional(f"lm_eval.{part}", "lm_eval") for part in ("api.model", "utils", "models.utils")
-    )
+    api, utils, generation = map(prepare_data.optional, ("lm_eval.api.model", "lm_eval.utils", "lm_eval.models.utils"))
 
     class HarnessModel(api.TemplateLM):
         eot_token_id = encoding.eot_token
@@ -840,7 +836,7 @@ def run_harness(settings):
 
 def write_questions(settings):
     """--questions_from: the questions of those tasks, one after another, in the jsonl --to."""
-    manager = prepare_data.optional("lm_eval.tasks", "lm_eval").TaskManager()
+    manager = prepare_data.optional("lm_eval.tasks").TaskManager()
     with explained(f"lm_eval cannot load {settings.questions_from!r}"):
         tasks = manager.load(settings.questions_from.split(","))["tasks"].values()
         questions = [q for task in tasks for q in convert_questions(task, settings.num_fewshot)]

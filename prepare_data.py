@@ -11,8 +11,8 @@ This file owns the shard format (its writer and its memory-mapped reader) and th
 The header is that of llm.c and modded-nanogpt (uint16 tokens), so their shards train here and ours there; a
 vocabulary over 65,536 takes uint32 tokens and another magic number.
 
-The file is read from top to bottom: the settings; the shards, and TokenData, which gives a training its rows; then the
-way of a text into shards (`prepare`): inputs are read in jobs of about 1 MB (`read_jobs`), worker processes make
+The file is read from top to bottom: the settings; the shards, with TokenData, which gives a training its rows; then
+the way of a text into shards (`prepare`): inputs are read in jobs of about 1 MB (`read_jobs`), worker processes make
 tokens of them (`tokenize`), and one process takes the tokens in the order of the text, shuffles and writes them
 (`write_shards`). Memory does not grow with the corpus, and any number of workers writes the same shards. Last come
 the tokenizers, the manifest, and the program.
@@ -24,6 +24,8 @@ import codecs
 import glob
 import gzip
 import hashlib
+import importlib
+import io
 import itertools
 import json
 import lzma
@@ -113,90 +115,11 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shards: the format and its writer
+# Shards: the format and its reader
 
 SPLITS = ("train", "val")
 HEADER = 256  # int32 values
 FORMATS = {np.uint16: (20240520, 1), np.uint32: (20240801, 7)}  # type of the tokens: magic number and version
-
-
-def token_type(vocab_size):
-    """The type of the tokens in shards of a vocabulary."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-class ShardWriter:
-    """Writes tokens to folder/split_000000.bin and on, shard_size tokens each; `close` completes the last.
-
-    `shards` is what the manifest says of them: file, tokens, crc32 of the tokens' bytes, and mask_crc32 where a mask
-    goes beside them. Given those of an earlier writer, it goes on after them.
-    """
-
-    def __init__(self, folder, split, vocab_size, shard_size, shards=None):
-        """UserError if the last of the `shards` to go on with lost a part."""
-        self.folder, self.split, self.shard_size = Path(folder), split, shard_size
-        self.dtype = np.dtype(token_type(vocab_size))
-        self.shards = [] if shards is None else shards
-        self.files = []  # those of the last shard while it has room: the tokens', and the mask's
-        if self.shards and self.shards[-1]["tokens"] < shard_size:
-            self.open_last()
-
-    def open_last(self):
-        """Opens the last shard's files at the end of what `shards` says of them, without what an interrupted run wrote
-        after it."""
-        shard = self.shards[-1]
-        path = self.folder / shard["file"]
-        sizes = {path: 4 * HEADER + shard["tokens"] * self.dtype.itemsize}
-        if "mask_crc32" in shard:
-            sizes[path.with_suffix(".mask")] = shard["tokens"]
-        for path, size in sizes.items():
-            if shard["tokens"] and not (path.exists() and path.stat().st_size >= size):
-                raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
-            self.files.append(open(path, "r+b" if shard["tokens"] else "wb"))
-            self.files[-1].truncate(size)
-            self.files[-1].seek(size)
-
-    def write(self, tokens, mask=None):
-        """Appends an integer array, and its mask (uint8) in a data set that has any."""
-        while len(tokens):
-            if not self.files:
-                self.shards.append({"file": f"{self.split}_{len(self.shards):06d}.bin", "tokens": 0, "crc32": 0})
-                if mask is not None:
-                    self.shards[-1]["mask_crc32"] = 0
-                self.open_last()
-            shard = self.shards[-1]
-            n = self.shard_size - shard["tokens"]
-            part, tokens = np.ascontiguousarray(tokens[:n], dtype=self.dtype), tokens[n:]
-            self.files[0].write(part)
-            shard["crc32"] = zlib.crc32(part, shard["crc32"])
-            if mask is not None:
-                self.files[1].write(mask[:n])
-                shard["mask_crc32"], mask = zlib.crc32(mask[:n], shard["mask_crc32"]), mask[n:]
-            shard["tokens"] += len(part)
-            if shard["tokens"] == self.shard_size:
-                self.close()
-
-    def sync(self):
-        """Brings everything to the disk."""
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-
-    def close(self, complete=True):
-        """Writes the header, which completes the last shard; without it the shard can only be gone on with."""
-        if self.files and complete:
-            header = np.zeros(HEADER, dtype="<i4")
-            header[:3] = *FORMATS[self.dtype.type], self.shards[-1]["tokens"]
-            self.files[0].seek(0)
-            self.files[0].write(header)
-            self.sync()
-        while self.files:
-            self.files.pop().close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards: the reader
-
 CHECKED = 1 << 26  # bytes of a split up to which the reader compares its checksums: a fraction of a second
 
 
@@ -218,18 +141,20 @@ def open_shard(path):
     expected = offset + count * dtype.itemsize
     if size != expected:
         raise UserError(f"shard {path} has {size} bytes where its header says {expected}: truncated or damaged")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)) if count else np.empty(0, dtype)
+    if not count:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset))  # a plain array is faster
 
 
 def open_mask(path, tokens):
-    """The mask beside a shard, a read-only memory map of uint8, or None without one; UserError if it is truncated."""
+    """The mask beside a shard, a read-only memory map of uint8; ones without one. UserError if it is truncated."""
     path = Path(path).with_suffix(".mask")
     if not path.exists():
-        return None
+        return np.broadcast_to(np.uint8(1), len(tokens))
     size = path.stat().st_size
     if size != len(tokens):
         raise UserError(f"{path} has {size} bytes for a shard of {len(tokens)} tokens: truncated or damaged")
-    return np.memmap(path, dtype=np.uint8, mode="r")
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
 
 
 def shard_paths(folder, split):
@@ -274,22 +199,18 @@ class TokenData:
             raise UserError(f"no {split} shards ({split}_*.bin) in {folder}")
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.shards = [open_shard(path) for path in self.paths]
-        masks = [open_mask(path, tokens) for path, tokens in zip(self.paths, self.shards)]
-        self.masks = [mask for mask in masks if mask is not None]  # of each shard, or empty
+        self.masks = [open_mask(path, tokens) for path, tokens in zip(self.paths, self.shards)]
         self.offsets = np.cumsum([0, *map(len, self.shards)])  # of each shard in the split, and the split's end
         meta = read_meta(folder)
         if meta:
             is_small = sum(tokens.nbytes for tokens in self.shards) <= CHECKED
             for fault in shard_faults(folder, split, meta, with_checksums=is_small):
                 raise UserError(f"{fault}; the data cannot be trusted, prepare them again")
-        if len(self.masks) not in (0, len(self.shards)):
-            raise UserError(f"{len(self.masks)} of the {len(self.shards)} {split} shards in {folder} have a .mask")
         self.starts = None  # of the documents, where they are the rows
         if rows == "documents":
             if not meta:
-                hint = "python prepare_data.py --adopt --tokenizer=NAME writes one"
-                lack = f"{folder} has no meta.json that names it"
-                raise UserError(f"rows=documents needs the end-of-text token, and {lack}: {hint}")
+                lack = f"{folder} has no meta.json that names it; --adopt --tokenizer=NAME writes one"
+                raise UserError(f"rows=documents needs the end-of-text token, and {lack}")
             self.eot = build_encoding(meta["tokenizer"]).eot_token
             self.starts = document_starts(self.shards, self.eot)
             if not len(self.starts):
@@ -312,11 +233,10 @@ class TokenData:
             tokens, mask = self.read(self.find_row(first + i))
             length = len(tokens) - 1
             if self.starts is not None:  # up to the next end of text, the last target: so a model learns to stop
-                tokens = np.append(tokens, self.eot)  # the split's last document gets one too
+                tokens, mask = np.append(tokens, self.eot), np.append(mask, 1)  # the split's last document gets one too
                 length = min(self.block_size, int(np.argmax(tokens[1:] == self.eot)) + 1)
-            x[i, :length], y[i, :length] = tokens[:length], tokens[1 : length + 1]
-            if mask is not None:
-                y[i, np.flatnonzero(mask[1 : length + 1] == 0)] = -100
+            x[i, :length] = tokens[:length]
+            y[i, :length] = np.where(mask[1 : length + 1], tokens[1 : length + 1], -100)
         return x, y
 
     def find_row(self, i):
@@ -329,30 +249,28 @@ class TokenData:
         return int(self.offsets[shard] + (row - self.windows[shard]) * self.block_size)
 
     def read(self, start):
-        """The block_size + 1 tokens of the split from `start` on (fewer at its end), and their mask or None."""
+        """The block_size + 1 tokens of the split from `start` on (fewer at its end), and their mask."""
         end = min(start + self.block_size + 1, int(self.offsets[-1]))
         parts, masks = [], []
         while start < end:
             shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
             here = slice(start - int(self.offsets[shard]), end - int(self.offsets[shard]))
-            tokens = np.asarray(self.shards[shard][here])  # a plain array is faster
+            tokens = self.shards[shard][here].astype(np.int64)
             if tokens.max() >= self.vocab_size:
                 misfit = f"token {tokens.max()}: it does not fit the vocabulary of {self.vocab_size}"
                 raise UserError(f"shard {self.paths[shard]} holds {misfit}")
             parts.append(tokens)
-            if self.masks:
-                masks.append(self.masks[shard][here])
+            masks.append(self.masks[shard][here])
             start += len(tokens)
-        return np.concatenate(parts), np.concatenate(masks) if masks else None
+        return np.concatenate(parts), np.concatenate(masks)
 
 
 def document_starts(shards, eot):
-    """Places in a split (its shards one after the other) of the end-of-text tokens that begin a document: int64. What
-    has no text before the next one is no document."""
+    """Places in a split (its shards one after the other) of the end-of-text tokens before a text: an int64 array."""
     starts, offset, was_end = [np.empty(0, np.int64)], 0, False
     for tokens in shards:
         for start in range(0, len(tokens), JOB):
-            is_end = np.asarray(tokens[start : start + JOB]) == eot
+            is_end = tokens[start : start + JOB] == eot
             is_first = ~is_end & np.append(was_end, is_end[:-1])  # the first token of a text
             starts.append(offset + start + np.flatnonzero(is_first) - 1)
             was_end = is_end[-1]
@@ -378,6 +296,77 @@ def permute(i, n, key):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Shards: the writer
+
+
+def token_type(vocab_size):
+    """The type of the tokens in shards of a vocabulary."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+class ShardWriter:
+    """Appends tokens to folder/split_000000.bin and on, shard_size tokens each; `sync` completes the last shard.
+
+    `shards` is what the manifest says of them: file, tokens, crc32 of the tokens' bytes, and mask_crc32 where a mask
+    goes beside them. Given those of an earlier writer, it goes on after them.
+    """
+
+    def __init__(self, folder, split, vocab_size, shard_size, shards=None):
+        """UserError if the last of the `shards` to go on with lost a part."""
+        self.folder, self.split, self.shard_size = Path(folder), split, shard_size
+        self.dtype = np.dtype(token_type(vocab_size))
+        self.shards = [] if shards is None else shards
+        for path, size in self.last_files().items():
+            if not (path.exists() and path.stat().st_size >= size):
+                raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
+            os.truncate(path, size)  # an interrupted run may have written more
+
+    def last_files(self):
+        """{path: bytes} of the last shard's files: that of the tokens, and that of the mask if it has one."""
+        if not self.shards:
+            return {}
+        last = self.shards[-1]
+        path = self.folder / last["file"]
+        sizes = {path: 4 * HEADER + last["tokens"] * self.dtype.itemsize}
+        if "mask_crc32" in last:
+            sizes[path.with_suffix(".mask")] = last["tokens"]
+        return sizes
+
+    def write(self, tokens, mask=None):
+        """Appends an integer array, and its mask (uint8) in a data set that has any."""
+        arrays = {"crc32": tokens.astype(self.dtype, copy=False)}  # each under the name of its checksum
+        if mask is not None:
+            arrays["mask_crc32"] = mask
+        while len(arrays["crc32"]):
+            if not self.shards or self.shards[-1]["tokens"] == self.shard_size:
+                name = f"{self.split}_{len(self.shards):06d}.bin"
+                self.shards.append({"file": name, "tokens": 0, **dict.fromkeys(arrays, 0)})
+                for path, size in self.last_files().items():
+                    path.write_bytes(bytes(size))  # room for the header
+            last = self.shards[-1]
+            n = min(len(arrays["crc32"]), self.shard_size - last["tokens"])
+            for path, checksum in zip(self.last_files(), arrays):
+                part, arrays[checksum] = arrays[checksum][:n], arrays[checksum][n:]
+                with open(path, "ab") as file:
+                    file.write(part)
+                last[checksum] = zlib.crc32(part, last[checksum])
+            last["tokens"] += n
+            if last["tokens"] == self.shard_size:
+                self.sync()
+
+    def sync(self):
+        """Brings the last shard to the disk, with a header that says how long it is."""
+        for path in self.last_files():
+            with open(path, "r+b") as file:
+                if path.suffix == ".bin":
+                    header = np.zeros(HEADER, dtype="<i4")
+                    header[:3] = *FORMATS[self.dtype.type], self.shards[-1]["tokens"]
+                    file.write(header)
+                    file.flush()
+                os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From text to shards
 
 BATCH_BYTES = 1 << 24  # of text that is shuffled at once
@@ -387,10 +376,6 @@ ALTERED = "altered by the tokenizer"
 NOT_BROKEN = ("empty", ALTERED)  # problems that are counted, but are no reason to stop
 # settings that do not change the shards
 WITHOUT_EFFECT = ("dataset", "data_dir", "num_workers", "overwrite", "save_interval", "max_broken", "verify", "adopt")
-
-
-class BadText(UserError):
-    """The texts themselves do not make a data set."""
 
 
 def prepare(settings):
@@ -405,9 +390,6 @@ def prepare(settings):
     if old.exists() and not folder.exists():  # a run ended between the two renames below
         old.rename(folder)
     inputs, source = find_inputs(settings)
-    is_bpe = settings.tokenizer.startswith("bpe:")
-    if is_bpe and any(i.path == "-" for i in inputs):
-        raise UserError("tokenizer bpe:N reads its sample first: standard input can be read once only, give a file")
     if folder.exists():
         if not settings.overwrite:
             raise UserError(f"{folder} exists; --overwrite replaces it, --dataset=NAME writes another")
@@ -415,15 +397,13 @@ def prepare(settings):
         strange = [p.name for p in folder.iterdir() if p.suffix not in (".bin", ".mask") and p.name not in known]
         if strange:
             raise UserError(f"{folder} is not a data set: it holds {strange[0]}; --dataset=NAME writes another")
-    encoding = None if is_bpe else get_tokenizer(settings.tokenizer, settings.eot_token)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial, f"preparing {folder}"):
             try:
-                write_shards(settings, inputs, source, encoding, partial)
-            except UserError as error:
-                can_continue = (partial / "progress.json").exists() and not isinstance(error, BadText)
-                if not can_continue:
+                write_shards(settings, inputs, source, partial)
+            except UserError:
+                if not (partial / "progress.json").exists():  # there is nothing to go on from
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             if folder.exists():
@@ -438,14 +418,14 @@ def prepare(settings):
     return folder
 
 
-def write_shards(settings, inputs, source, encoding, partial):
+def write_shards(settings, inputs, source, partial):
     """Documents -> tokens -> split, shuffle -> shards and meta.json in the folder `partial`.
 
     Documents are taken in batches. After a batch, `state` is all there is to know; it is saved every save_interval
     seconds, when what it speaks of is on the disk.
     """
     started = saved = shown = time.monotonic()
-    state, encoding = begin(settings, inputs, encoding, partial)
+    state, encoding = begin(settings, inputs, partial)
     train, val = state["splits"]["train"], state["splits"]["val"]
     bytes_before = train["bytes"] + val["bytes"]
     writers = {}
@@ -459,40 +439,36 @@ def write_shards(settings, inputs, source, encoding, partial):
     jobs = read_jobs(inputs, Place(*state["place"]), settings.fields)
     tokenized = tokenize_all(jobs, encoding, settings, num_workers, (partial, state["tokenizer"]))
     batch, waiting = [], []
-    try:
-        for documents, problems, place in tokenized:
-            batch += documents
-            for kind, where in problems:
-                count, places = state["problems"].get(kind, (0, []))
-                state["problems"][kind] = count + 1, (places + [where])[:3]
-            if len(batch) < settings.shuffle_buffer and sum(document.n_bytes for document in batch) < BATCH_BYTES:
-                continue
-            waiting, batch = write_batch(waiting + batch, settings, writers, state), []
-            state["place"] = place
-            if time.monotonic() - shown >= SHOW_INTERVAL:
-                shown = time.monotonic()
-                show_progress(state, (train["bytes"] + val["bytes"] - bytes_before) / (shown - started), inputs)
-            if train["documents"] > 10_000:  # fewer are too few to judge a corpus by
-                check_problems(settings, state, source)
-            if settings.max_tokens and train["tokens"] >= settings.max_tokens:
-                break
-            if can_continue and not waiting and time.monotonic() - saved >= settings.save_interval:
-                for writer in writers.values():
-                    writer.sync()
-                save_json(partial / "progress.json", state)
-                saved = time.monotonic()
-        waiting = write_batch(waiting + batch, settings, writers, state)
-        check_problems(settings, state, source, len(waiting))
-        if waiting and not train["documents"]:  # it is the only document
-            first, rest = halves(waiting[0], encoding, source)
-            write_documents("train", [first], writers, state)
-            waiting = [rest]
-        write_documents("val", waiting, writers, state)
-        for writer in writers.values():
-            writer.close()
-    finally:
-        for writer in writers.values():
-            writer.close(complete=False)
+    for documents, problems, place in tokenized:
+        batch += documents
+        for kind, where in problems:
+            count, places = state["problems"].get(kind, (0, []))
+            state["problems"][kind] = count + 1, (places + [where])[:3]
+        if len(batch) < settings.shuffle_buffer and sum(document.n_bytes for document in batch) < BATCH_BYTES:
+            continue
+        waiting, batch = write_batch(waiting + batch, settings, writers, state), []
+        state["place"] = place
+        if time.monotonic() - shown >= SHOW_INTERVAL:
+            shown = time.monotonic()
+            show_progress(state, (train["bytes"] + val["bytes"] - bytes_before) / (shown - started), inputs)
+        if train["documents"] > 10_000:  # fewer are too few to judge a corpus by
+            check_problems(settings, state, source)
+        if settings.max_tokens and train["tokens"] >= settings.max_tokens:
+            break
+        if can_continue and not waiting and time.monotonic() - saved >= settings.save_interval:
+            for writer in writers.values():
+                writer.sync()
+            save_json(partial / "progress.json", state)
+            saved = time.monotonic()
+    waiting = write_batch(waiting + batch, settings, writers, state)
+    check_problems(settings, state, source, len(waiting))
+    if waiting and not train["documents"]:  # it is the only document
+        first, rest = halves(waiting[0], encoding, source)
+        write_documents("train", [first], writers, state)
+        waiting = [rest]
+    write_documents("val", waiting, writers, state)
+    for writer in writers.values():
+        writer.sync()
 
     for kind, (count, places) in state["problems"].items():
         if kind != "empty":  # an empty file is no news: meta.json counts it
@@ -508,18 +484,19 @@ def write_batch(documents, settings, writers, state):
     """Writes a batch, each document to its split, in the order of the shuffle. Returns the documents that wait for the
     next batch: the held-out part must not stay empty, so until a document is held out, the one of smallest hash waits.
     """
-    hashes = np.array([document.hash for document in documents], dtype=np.uint64)
-    held_out, waiting = is_held_out(hashes, settings.val_fraction), []
-    if documents and not held_out.any() and not state["splits"]["val"]["documents"]:
-        waiting.append(documents.pop(int(hashes.argmin())))
+    waiting = []
+    if documents and not state["splits"]["val"]["documents"]:
+        smallest = min(range(len(documents)), key=lambda i: documents[i].hash)
+        if documents[smallest].hash >= settings.val_fraction:
+            waiting.append(documents.pop(smallest))
     state["batches"] += 1
-    n, size = len(documents), settings.shuffle_buffer
-    shuffled = np.random.RandomState([settings.seed, state["batches"]])  # a generator whose streams never change
-    order = range(n)
-    if n and size > 1:
-        order = np.concatenate([i + shuffled.permutation(min(size, n - i)) for i in range(0, n, size)])
-    for is_val, split in enumerate(SPLITS):
-        write_documents(split, [documents[i] for i in order if held_out[i] == is_val], writers, state)
+    rng = np.random.RandomState([settings.seed, state["batches"]])  # a generator whose streams never change
+    shuffled, size = [], settings.shuffle_buffer
+    for i in range(0, len(documents), size):
+        some = documents[i : i + size]
+        shuffled += [some[j] for j in rng.permutation(len(some))]
+    write_documents("train", [d for d in shuffled if d.hash >= settings.val_fraction], writers, state)
+    write_documents("val", [d for d in shuffled if d.hash < settings.val_fraction], writers, state)
     return waiting
 
 
@@ -539,7 +516,7 @@ def write_documents(split, documents, writers, state):
 
 
 def check_problems(settings, state, source, n_waiting=0):
-    """BadText if there is no text, or too much of it is broken."""
+    """UserError if there is no text, or too much of it is broken."""
     n_train = state["splits"]["train"]["documents"]
     total = n_train + state["splits"]["val"]["documents"] + n_waiting
     broken = {kind: found for kind, found in state["problems"].items() if kind not in NOT_BROKEN}
@@ -548,11 +525,11 @@ def check_problems(settings, state, source, n_waiting=0):
         first = ", ".join(f"{kind} at {places[0]}" for kind, (_, places) in broken.items())
         share = f"more than max_broken {settings.max_broken}"
         hint = "; --text_field= names the field of the text" if any("JSON" in kind for kind in broken) else ""
-        raise BadText(f"{n_broken} documents are broken where {total} are kept, {share}: {first}{hint}")
+        raise UserError(f"{n_broken} documents are broken where {total} are kept, {share}: {first}{hint}")
     if not total:
-        raise BadText(f"no text in {', '.join(source)}")
+        raise UserError(f"no text in {', '.join(source)}")
     if not n_train and not n_waiting:
-        raise BadText(f"all {total} documents fell to the held-out part: give more text or a smaller val_fraction")
+        raise UserError(f"all {total} documents fell to the held-out part: give more text or a smaller val_fraction")
 
 
 def halves(document, encoding, source):
@@ -561,13 +538,12 @@ def halves(document, encoding, source):
     middle = len(text) * 9 // 10
     middle = text.rfind(b"\n", 0, middle) + 1 or whole_characters(text[:middle])
     if document.mask is not None or not 0 < middle < len(text):
-        raise BadText(f"{', '.join(source)} holds one document only, which is too little for a held-out part")
+        raise UserError(f"{', '.join(source)} holds one document only, which is too little for a held-out part")
     return [make_document(encoding, [encode(encoding, part)], [part]) for part in (text[:middle], text[middle:])]
 
 
-def begin(settings, inputs, encoding, partial):
-    """(state, encoding) of an interrupted run with equal settings and inputs, or of a new one; `encoding` None stands
-    for a tokenizer that is still to be trained."""
+def begin(settings, inputs, partial):
+    """(state, encoding) of an interrupted run with equal settings and inputs, or of a new one."""
     path, mark = partial / "progress.json", fingerprint(settings, inputs)
     if path.exists():
         try:
@@ -580,20 +556,22 @@ def begin(settings, inputs, encoding, partial):
             return state, encoding
         except (ValueError, KeyError, TypeError, OSError) as error:
             print(f"{partial} cannot be continued, {error}: beginning anew", file=sys.stderr)
+    if settings.tokenizer.startswith("bpe:"):
+        encoding = train_bpe(inputs, settings)
+    else:
+        encoding = get_tokenizer(settings.tokenizer, settings.eot_token)
     for file in partial.iterdir():
         file.unlink()
-    if encoding is None:
-        print(f"training {settings.tokenizer} on a sample", file=sys.stderr)
-        encoding = train_bpe(int(settings.tokenizer[4:]), inputs, settings)
-    counts = lambda: {"documents": 0, "bytes": 0, "loss_tokens": 0, "shards": [], "tokens": 0}
     state = {
         "fingerprint": mark,
         "tokenizer": save_tokenizer(partial, tokenizer_state(encoding)),
         "place": Place(),  # up to which the inputs are read
         "batches": 0,
         "problems": {},  # kind: (count, first places)
-        "splits": {split: counts() for split in SPLITS},  # as in meta.json
+        "splits": {},  # as in meta.json
     }
+    for split in SPLITS:
+        state["splits"][split] = {"documents": 0, "bytes": 0, "loss_tokens": 0, "shards": [], "tokens": 0}
     return state, encoding
 
 
@@ -641,7 +619,12 @@ def show_progress(state, rate, inputs):
 # Inputs: which there are
 
 SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSIONS = {  # suffix: what makes a stream of the content of a compressed one
+    ".gz": gzip.open,
+    ".zst": lambda stored: optional("pyarrow").CompressedInputStream(stored, "zstd"),
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
 KNOWN = f"{', '.join(SUFFIXES)}, compressed as {', '.join(COMPRESSIONS)}"
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CORPORA = {  # --dataset=NAME without input: the input, and the shape of its rows
@@ -732,20 +715,17 @@ def stdlib_files():
 
 
 def kind_of(path):
-    """text, jsonl or parquet by the suffix, before which one of a compression may stand; None for any other."""
-    name = str(path)
-    for suffix in COMPRESSIONS:
-        name = name.removesuffix(suffix)
-    kind = SUFFIXES.get(Path(name).suffix)
-    return None if kind == "parquet" and name != str(path) else kind
+    """text, jsonl or parquet by the suffix, after which one of a compression may stand; None for any other."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
+    return SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def optional(module, package=None):
-    """The optional library `module`; UserError that names its `pip install` where it is missing."""
+def optional(module):
+    """A module of an optional library; UserError that names its `pip install` where it is missing."""
     try:
-        return __import__(module, fromlist=["_"])
+        return importlib.import_module(module)
     except ImportError:
-        package = package or module
+        package = module.partition(".")[0]
         raise UserError(f"this needs the optional library {package}: pip install {package}") from None
 
 
@@ -771,7 +751,7 @@ def read_lines(source, place, fields):
     """Text and jsonl: about JOB bytes at once. A line of text that is longer is cut between characters."""
     index, offset, line = place
     rest = b""
-    with open_stream(source.path) as (stream, stored):
+    with open_stream(source.path) as stream:
         for start in range(0, offset, JOB):  # a continued run reads up to its place again
             stream.read(min(JOB, offset - start))
         while True:
@@ -789,49 +769,24 @@ def read_lines(source, place, fields):
                 offset += len(data)
                 yield data, Place(index, offset, line)
             if is_end:
-                break
-        if getattr(stored, "length", None):  # of a download: what http.client still expects
-            raise EOFError(f"the connection ended {stored.length:,} bytes before the end")
+                return
 
 
 @contextmanager
 def open_stream(path):
-    """(a stream of the decompressed bytes of a file, address or standard input, that of the stored ones)."""
+    """A stream of the decompressed bytes of a file, address or standard input. EOFError if, when it has been read, a
+    download is not complete."""
     if path == "-":
         stored = sys.stdin.buffer
     elif path.startswith(("https://", "http://")):
         stored = urllib.request.urlopen(path, timeout=60)
     else:
         stored = open(path, "rb")
-    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": Zstandard}
     with stored:
-        opener = openers.get(Path(path.split("?")[0]).suffix)
-        yield opener(stored) if opener else stored, stored
-
-
-class Zstandard:
-    """The content of a .zst stream of any number of frames. The library's own stream_reader says nothing where the
-    last frame is cut off; this raises EOFError."""
-
-    def __init__(self, stored):
-        self.pieces, self.rest = self.decompress(stored), b""
-
-    def decompress(self, stored):
-        zstandard, frame, data = optional("zstandard"), None, b""
-        while data := data or stored.read(1 << 16):
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(data)
-            data = frame.unused_data
-            frame = None if frame.eof else frame
-        if frame:
-            raise EOFError("the compressed file ends in the middle")
-
-    def read(self, n):
-        """The next n bytes; fewer at the end alone."""
-        while len(self.rest) < n and (piece := next(self.pieces, None)) is not None:
-            self.rest += piece
-        data, self.rest = self.rest[:n], self.rest[n:]
-        return data
+        decompress = COMPRESSIONS.get(Path(path.split("?")[0]).suffix)
+        yield decompress(stored) if decompress else stored
+        if getattr(stored, "length", None):  # what http.client still expects
+            raise EOFError(f"the connection ended {stored.length:,} bytes before the end")
 
 
 def whole_characters(data):
@@ -844,7 +799,7 @@ def whole_characters(data):
 
 def read_parquet(source, place, fields):
     """Parquet: ROWS rows at once, and a new piece for each row group."""
-    with optional("pyarrow.parquet", "pyarrow").ParquetFile(source.path) as file:
+    with optional("pyarrow.parquet").ParquetFile(source.path) as file:
         check_fields(source, fields, file.schema_arrow.names)
         row = 0
         for group in range(file.num_row_groups):
@@ -859,8 +814,7 @@ def read_hub(source, place, fields):
     """hub:OWNER/NAME[:CONFIG[:SPLIT]], streamed: ROWS rows at once; OWNER/NAME may be a local folder."""
     name, config, split = (source.path.removeprefix("hub:").split(":") + ["", ""])[:3]
     rows = optional("datasets").load_dataset(name, config or None, split=split or "train", streaming=True)
-    row = place.offset
-    rows = iter(rows.skip(row) if row else rows)
+    row, rows = place.offset, iter(rows.skip(place.offset))
     while batch := list(itertools.islice(rows, ROWS)):
         check_fields(source, fields, list(batch[0]))
         row += len(batch)
@@ -968,11 +922,7 @@ def read_documents(job, settings, problems):
         if kind == "text":
             yield from text_documents(path, line, data, problems)
         elif kind == "jsonl":
-            lines = data.split(b"\n")
-            if not lines[-1]:  # what follows the last line's end is no line
-                lines.pop()
-            rows = (parse_json(text, settings.fields) for text in lines)
-            yield from row_documents(path, line, rows, settings, "no JSON object with a text", problems)
+            yield from row_documents(path, line, io.BytesIO(data), settings, "no JSON object with a text", problems)
         else:
             yield from row_documents(path, line, data, settings, "no text", problems)
 
@@ -981,13 +931,13 @@ def text_documents(path, line, data, problems):
     """The documents of lines of plain text, which are a whole file where it is short enough."""
     for text in cut(data):
         place = path
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            n_lines = text.count(b"\n", 0, error.start)
+            place = f"{path}:{line + n_lines}"
+            problems.append(("undecodable", place))
         if text.strip():
-            try:
-                text.decode()
-            except UnicodeDecodeError as error:
-                n_lines = text.count(b"\n", 0, error.start)
-                place = f"{path}:{line + n_lines}"
-                problems.append(("undecodable", place))
             yield (text,), place
         else:
             problems.append(("empty", f"{path}:{line}"))
@@ -995,18 +945,15 @@ def text_documents(path, line, data, problems):
 
 
 def row_documents(path, line, rows, settings, what, problems):
-    """The documents of rows, each the values of settings.fields, "" for a blank line, or None for what is no row;
-    `what` is the problem of a row without a text."""
-    make_parts = SHAPES[settings.shape][1]
+    """The documents of rows, each a line of jsonl or the values of settings.fields; `what` is the problem of a row
+    without a text."""
     if settings.shape != "text":
         what = f"no row of shape {settings.shape}:"
     for i, row in enumerate(rows, line):
         place = f"{path}:{i}"
         try:
-            parts = [""] if row == "" else make_parts(*row)
-        except (ValueError, KeyError, TypeError):
-            parts = [None]
-        if not all(isinstance(part, str) for part in parts):
+            parts = row_parts(row, settings)
+        except (ValueError, KeyError, TypeError, RecursionError):
             problems.append((f"{what} {' and '.join(map(repr, settings.fields))}", place))
             continue
         if not parts[-1].strip():
@@ -1014,8 +961,9 @@ def row_documents(path, line, rows, settings, what, problems):
             continue
         try:
             values = tuple(part.encode() for part in parts)
-        except UnicodeEncodeError:
-            values = tuple(map(to_bytes, parts))
+        except UnicodeEncodeError:  # bytes that surrogateescape stands for come back, other lone surrogates are U+FFFD
+            parts = [re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", part) for part in parts]
+            values = tuple(part.encode(errors="surrogateescape") for part in parts)
             problems.append(("undecodable", place))
         if len(values) > 1:  # a prompt and its text stay together
             yield values, place
@@ -1023,20 +971,19 @@ def row_documents(path, line, rows, settings, what, problems):
             yield from (((part,), place) for part in cut(values[0]))
 
 
-def parse_json(line, fields):
-    """The fields of a line of jsonl; "" for a blank one, None if it is not an object that has them."""
-    if not line.strip():
-        return ""
-    try:
-        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"))
-        return [row[name] for name in fields]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def to_bytes(text):
-    """UTF-8 of the text; bytes that surrogateescape stands for are back, other lone surrogates are U+FFFD."""
-    return re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text).encode(errors="surrogateescape")
+def row_parts(row, settings):
+    """The texts that make the document of a row; [""] for a blank line. ValueError, KeyError, TypeError or
+    RecursionError where it has none."""
+    if isinstance(row, bytes):
+        if not row.strip():
+            return [""]
+        values = json.loads(row.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"))
+        row = [values[name] for name in settings.fields]
+    _, make_parts = SHAPES[settings.shape]
+    parts = make_parts(*row)
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError("a part is no text")
+    return parts
 
 
 def cut(data):
@@ -1051,13 +998,10 @@ def cut(data):
 
 
 def document_hash(values):
-    """64 bits of a hash of a document's text, which decide whether it is held out."""
-    return int.from_bytes(hashlib.blake2b(b"\0".join(values), digest_size=8).digest(), "big")
-
-
-def is_held_out(hashes, val_fraction):
-    """Whether documents of these hashes (uint64) are held out: the same choice whatever else the corpus holds."""
-    return hashes < np.uint64(min(int(val_fraction * 2**64), 2**64 - 1))
+    """A number from 0 to 1 that is a hash of a document's text. The document is held out where it is below
+    val_fraction: the same choice whatever else the corpus holds."""
+    digest = hashlib.blake2b(b"\0".join(values), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1068,7 +1012,7 @@ class Document(NamedTuple):
     tokens: np.ndarray  # the end-of-text token, then those of the prompt and of the text
     mask: np.ndarray | None  # uint8 beside them, in a data set of prompts: 0 for a prompt's
     n_bytes: int  # of prompts and texts
-    hash: int
+    hash: float
 
 
 def tokenize(encoding, settings, job):
@@ -1235,14 +1179,17 @@ def get_tokenizer(name, eot_token=""):
         raise UserError(f"tokenizer {name}: {reason}; {hint}") from None
 
 
-def train_bpe(n_vocab, inputs, settings):
-    """Byte-level BPE of n_vocab tokens with the end of text, trained on a sample of the inputs: a tiktoken.Encoding."""
+def train_bpe(inputs, settings):
+    """The tokenizer bpe:N: a byte-level BPE of N tokens with the end of text, trained on a sample of the inputs."""
+    if any(source.path == "-" for source in inputs):
+        raise UserError("tokenizer bpe:N reads its sample first: standard input can be read once only, give a file")
+    print(f"training {settings.tokenizer} on a sample", file=sys.stderr)
     trainer = optional("rustbpe").Tokenizer()
-    trainer.train_from_iterator(sample_texts(inputs, settings), n_vocab - 1)
+    trainer.train_from_iterator(sample_texts(inputs, settings), int(settings.tokenizer.removeprefix("bpe:")) - 1)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     special = {END_OF_TEXT: len(ranks)}  # a small text may have fewer merges than asked for
     pattern = trainer.get_pattern()
-    return tiktoken.Encoding(f"bpe:{n_vocab}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(settings.tokenizer, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def sample_texts(inputs, settings):
@@ -1253,7 +1200,7 @@ def sample_texts(inputs, settings):
         enough = min(total + share, settings.bpe_sample)
         for job, _ in read_jobs([source], Place(), settings.fields):
             for values, _ in read_documents(job, settings, []):
-                if not is_held_out(np.uint64(document_hash(values)), settings.val_fraction):
+                if document_hash(values) >= settings.val_fraction:
                     yield b"\n".join(values).decode(errors="replace")
                     total += sum(map(len, values))
             if total >= enough:
@@ -1307,7 +1254,7 @@ def encode(encoding, text):
         ids = []
         for i, part in enumerate(re.split("([\udc80-\udcff]+)", data.decode(errors="surrogateescape"))):
             if i % 2:
-                ids += [encoding.encode_single_token(bytes([ord(c) - 0xDC00])) for c in part]
+                ids += [encoding.encode_single_token(bytes([byte])) for byte in part.encode(errors="surrogateescape")]
             else:
                 ids += encoding.encode_ordinary(part)
         return np.array(ids, dtype=np.uint32)
@@ -1396,11 +1343,11 @@ def shard_faults(folder, split, meta, with_checksums):
             yield f"{path} is not in {folder}/meta.json"
         elif shard["tokens"] != len(tokens):
             yield f"{path} holds {len(tokens)} tokens where meta.json counts {shard['tokens']}"
-        elif ("mask_crc32" in shard) != (mask is not None):
-            yield f"{mask_path} {'is missing' if mask is None else 'is not in meta.json'}"
+        elif ("mask_crc32" in shard) != mask_path.exists():
+            yield f"{mask_path} {'is not in meta.json' if mask_path.exists() else 'is missing'}"
         elif with_checksums:
-            for file, array, known in ((path, tokens, shard["crc32"]), (mask_path, mask, shard.get("mask_crc32"))):
-                if array is not None and zlib.crc32(array) != known:
+            for file, array, checksum in ((path, tokens, shard["crc32"]), (mask_path, mask, shard.get("mask_crc32"))):
+                if checksum is not None and zlib.crc32(array) != checksum:
                     yield f"{file} does not have its checksum: its content was changed or damaged"
     if counts["tokens"] != total:
         yield f"{folder}/meta.json counts {counts['tokens']} {split} tokens, its shards hold {total}"
@@ -1428,20 +1375,19 @@ def adopt(settings):
         raise UserError(f"{folder} has a meta.json already")
     encoding, splits = get_tokenizer(settings.tokenizer, settings.eot_token), {}
     lengths = np.array([len(decode_bytes(encoding, [i])) for i in range(encoding.n_vocab)])
+    lengths[encoding.eot_token] = 0
     for split in SPLITS:
-        shards, n_documents, n_bytes = [], 0, 0
+        shards, counts = [], np.zeros(encoding.n_vocab, np.int64)  # counts: of each token in the split
         for path in shard_paths(folder, split):
             tokens = open_shard(path)
             for start in range(0, len(tokens), JOB):
-                counts = np.bincount(tokens[start : start + JOB], minlength=encoding.n_vocab)
-                if len(counts) > encoding.n_vocab:
+                some = tokens[start : start + JOB]
+                if some.max() >= encoding.n_vocab:
                     maker = f"tokenizer {encoding.name} of {encoding.n_vocab}"
-                    raise UserError(f"{path} holds token {len(counts) - 1}: {maker} did not make it")
-                n_documents += int(counts[encoding.eot_token])
-                counts[encoding.eot_token] = 0
-                n_bytes += int(counts @ lengths)
+                    raise UserError(f"{path} holds token {some.max()}: {maker} did not make it")
+                counts += np.bincount(some, minlength=encoding.n_vocab)
             shards.append({"file": path.name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
-        n_tokens = sum(shard["tokens"] for shard in shards)
+        n_tokens, n_documents, n_bytes = map(int, (counts.sum(), counts[encoding.eot_token], counts @ lengths))
         if not n_tokens:
             raise UserError(f"no {split} shards ({split}_*.bin or {split}.bin) in {folder}")
         splits[split] = {"documents": n_documents, "bytes": n_bytes, "shards": shards, "tokens": n_tokens}
