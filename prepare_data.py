@@ -206,6 +206,9 @@ class TokenData:
             is_small = sum(tokens.nbytes for tokens in self.shards) <= CHECKED
             for fault in shard_faults(folder, split, meta, with_checksums=is_small):
                 raise UserError(f"{fault}; the data cannot be trusted, prepare them again")
+        n_masks = sum(path.with_suffix(".mask").exists() for path in self.paths)
+        if n_masks not in (0, len(self.paths)):
+            raise UserError(f"{n_masks} of the {len(self.paths)} {split} shards in {folder} have a .mask")
         self.starts = None  # of the documents, where they are the rows
         if rows == "documents":
             if not meta:

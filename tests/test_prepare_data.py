@@ -1061,6 +1061,9 @@ def test_prompts_carry_no_loss(tmp_path, num_workers):
     mask.unlink()
     with pytest.raises(UserError, match=r"train_000000.mask is missing"):
         TokenData(folder, "train", 16, 257)
+    (folder / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"4 of the 5 train shards in .* have a .mask"):
+        TokenData(folder, "train", 16, 257)
 
 
 CONVERSATION = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
