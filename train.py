@@ -168,8 +168,7 @@ class Settings(GPTConfig):
 
 def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    processes = find_processes()
-    with errors_told_once(processes):
+    with connected_processes() as processes:
         stop = StopRequest(is_main=processes.rank == 0)
         given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
         if is_sweep(given):
@@ -233,8 +232,7 @@ def train(checkpoint, changes, data, setup, stop):
                 folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
             text, record = describe_loss(loss, data)
             print(f"step {step:5d}: {text}")
-            needs_report = processes.rank == 0 or settings.shard
-            of_stream = stream_report(model, *report_batch[:2], autocast) if needs_report else {}
+            of_stream = stream_report(model, *report_batch[:2], autocast)
             folder.log({"step": step, "tokens": tokens, **record, **of_stream})
         return loss, of_stream
 
@@ -307,7 +305,7 @@ def train(checkpoint, changes, data, setup, stop):
     print(f"done in {times}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
     if report:
         print(picture(report))
-    if data.tokenizer and (processes.rank == 0 or settings.shard):
+    if data.tokenizer:
         print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
 
 
@@ -476,7 +474,7 @@ class Setup:
 
 
 def set_up(settings, processes):
-    """The Setup that the settings ask for and the machine has; from here on the processes are connected."""
+    """The Setup that the settings ask for and the machine has."""
     check_sharing(settings, processes.size, "processes")
     if settings.shard and processes.size == 1:
         raise UserError("shard spreads a model over processes, this is one: torchrun --nproc_per_node=N train.py ...")
@@ -498,7 +496,6 @@ def set_up(settings, processes):
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    processes.connect(device)
     torch.manual_seed(settings.seed)
     return Setup(settings, processes, device, dtype, use_compile)
 
@@ -967,23 +964,22 @@ def write_sample(model, tokenizer, prompt, setup):
 
 
 class RunFolder:
-    """settings.out_dir. The log of a new run is log.partial until its first checkpoint is saved, so that until then
-    what was there is whole. The process of rank 0 writes."""
+    """settings.out_dir, in which the process of rank 0 writes. What was there stays as it is until the first evaluation
+    of a new run; then the log that was there becomes log_previous.jsonl."""
 
     def __init__(self, resumed, changes, setup):
-        """Opens the log: that of a run that is `resumed`, a checkpoint, is kept up to it, with a line of `changes`."""
-        self.setup, self.path, self.log_file, self.loggers = setup, Path(setup.settings.out_dir), None, []
+        """The log of a run that is `resumed`, a checkpoint, is kept up to it, with a line of `changes`."""
+        self.setup, self.path, self.loggers = setup, Path(setup.settings.out_dir), []
+        self.is_main, self.log_path = setup.processes.rank == 0, self.path / "log.jsonl"
         self.saved_step = resumed["step"] if resumed else None
         if setup.processes.sum(self.saved_step or 0)[0] != (self.saved_step or 0) * setup.processes.size:
             raise UserError(f"the processes see different checkpoints: {self.path} must be one folder for all of them")
-        if setup.processes.rank == 0:
+        if self.is_main:
             self.loggers = open_loggers(setup.settings)
-            self.log_path, self.partial_log = self.path / "log.jsonl", self.path / "log.partial"
-            kept = [r for r in (read_log(self.log_path) if resumed else []) if r["step"] <= self.saved_step]
-            self.partial_log.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            self.log_file = open(self.partial_log, "a", buffering=1)
-            if resumed:
-                self.partial_log.replace(self.log_path)
+        if self.is_main and resumed:
+            kept = [record for record in read_log(self.log_path) if record["step"] <= self.saved_step]
+            text = "".join(json.dumps(record) + "\n" for record in kept)
+            save_whole(self.log_path, lambda file: file.write(text.encode()))
         if resumed and changes:
             for name, (before, now) in changes.items():
                 print(f"{name}: {before} before, {now} now")
@@ -991,17 +987,20 @@ class RunFolder:
 
     def log(self, record):
         """Adds a line, a dict with `step`."""
-        if self.log_file:
-            self.log_file.write(json.dumps(record) + "\n")
+        if self.is_main:
+            if self.saved_step is None and self.log_path.exists():  # the first line of a new run
+                self.log_path.replace(self.path / "log_previous.jsonl")
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
         for logger in self.loggers:
             logger(record["step"], flat(record))
 
     def save(self, model, optimizer, data, step, **more):
         """Writes ckpt.pt, with `more` fields; all processes take part."""
-        is_main, settings = self.setup.processes.rank == 0, self.setup.settings
+        settings = self.setup.settings
         state = {
-            "model": whole(model.state_dict(), keep=is_main),
-            "optimizer": whole(optimizer.state_dict(), keep=is_main),
+            "model": whole(model.state_dict(), keep=self.is_main),
+            "optimizer": whole(optimizer.state_dict(), keep=self.is_main),
             "config": asdict(data.config),
             "step": step,
             "settings": asdict(settings),
@@ -1009,11 +1008,7 @@ class RunFolder:
             "shards": {path.name: size for path, size in data.sizes.items()},
             **more,
         }
-        if is_main:
-            if self.partial_log.exists():
-                if self.log_path.exists():
-                    self.log_path.replace(self.path / "log_previous.jsonl")
-                self.partial_log.replace(self.log_path)
+        if self.is_main:
             save_checkpoint(self.path / "ckpt.pt", state)
             if is_kept(step, settings):
                 give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
@@ -1024,11 +1019,12 @@ class RunFolder:
         the batches."""
         where = self.setup.processes.first(first_non_finite(model, batches, self.setup.autocast))
         where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
-        self.log({"step": step, "diverged": f"{what}; {where}"})
-        safe = f"{self.path}/ckpt.pt is from step {self.saved_step}"
         if self.saved_step is None:
             has_run = (self.path / "ckpt.pt").exists()
             safe = "nothing was saved yet" + ", the run that was there is untouched" * has_run
+        else:
+            safe = f"{self.path}/ckpt.pt is from step {self.saved_step}"
+            self.log({"step": step, "diverged": f"{what}; {where}"})
         raise UserError(f"{what}; {where}; {safe}, a lower learning_rate may help")
 
 
@@ -1037,8 +1033,7 @@ def check_out_dir(settings):
     out_dir = Path(settings.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir {out_dir} is a file; it must be a folder")
-    has_run = any(f.exists() and f.stat().st_size for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl"))
-    if has_run and not settings.overwrite:
+    if any(out_dir.glob("ckpt*.pt")) and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
     if any(out_dir.glob("*/ckpt.pt")):
         raise UserError(f"{out_dir} holds the runs of a sweep: name another folder with --out_dir")
@@ -1188,21 +1183,13 @@ class Processes:
     rank: int = 0  # the one of rank 0 speaks and writes
     local_rank: int = 0  # among those of this machine: the number of its GPU
     size: int = 1
-    store: dist.Store | None = None  # what they share before they are connected
-    device: torch.device = torch.device("cpu")
-
-    def connect(self, device):
-        """From here on they exchange tensors: by nccl between GPUs, by gloo between CPUs."""
-        self.device, is_cuda = device, device.type == "cuda"
-        if self.size > 1:
-            job = {"store": self.store, "rank": self.rank, "world_size": self.size}
-            dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None, **job)
+    store: dist.Store | None = None  # what they share besides tensors
 
     def sum(self, *values):
         """The sum over the processes of each of some numbers, in float64."""
         if self.size == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -1218,22 +1205,22 @@ class Processes:
         self.sum(0)
 
 
-def find_processes():
-    """Processes, as the environment that torchrun sets describes them. Only rank 0 prints."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Processes()
-    store, rank, size = next(iter(dist.rendezvous("env://")))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-        warnings.simplefilter("ignore")
-    return Processes(rank, int(os.environ["LOCAL_RANK"]), size, store)
-
-
 @contextmanager
-def errors_told_once(processes):
-    """Under torchrun the process that fails first says why; the others, which fail for want of it, end silently."""
+def connected_processes():
+    """The Processes, as the environment that torchrun sets describes them, connected by gloo and, on GPUs, nccl.
+
+    Only rank 0 prints. The process that fails first says why; the others, which fail for want of it, end silently.
+    """
+    processes = Processes()
     try:
-        yield
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            store, rank, size = next(iter(dist.rendezvous("env://")))
+            processes = Processes(rank, int(os.environ["LOCAL_RANK"]), size, store)
+            if rank:
+                sys.stdout = open(os.devnull, "w")
+                warnings.simplefilter("ignore")
+            dist.init_process_group(store=store, rank=rank, world_size=size)
+        yield processes
     except BaseException as error:
         # What DDP made must be gone before the connection is: in the other order the last reference to the connection
         # goes with it, and waits for a thread that waits for Python.
