@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import queue
 import random
 import shutil
 import signal
@@ -36,7 +35,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -1322,15 +1320,15 @@ class Trial:
     step: int = 0
     loss: float | None = None  # the last on the held-out set
     outcome: str = ""  # "finished", "diverged: why" or "failed: why"; empty as long as it is not trained
-    started: float = 0.0  # time.time() at the start of its process
+    process: subprocess.Popen | None = None
+    started: float = 0.0  # time.time() at the start of the process
 
     def read_log(self):
         """Notes what it has logged, since its process started if there is one: step, loss, and that it diverged."""
-        log = self.folder / "log.partial"  # of a new run until its first checkpoint
+        log = self.folder / "log.jsonl"
         try:
-            log = log if log.exists() else self.folder / "log.jsonl"
             records = read_log(log) if os.path.getmtime(log) >= self.started else []
-        except (FileNotFoundError, UserError):  # none yet, renamed just now, or damaged: then the run itself says so
+        except (FileNotFoundError, UserError):  # none yet, or damaged: then the run itself says so
             return
         for record in records:
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)
@@ -1393,7 +1391,7 @@ def sweep(given, processes, stop):
 
 def build_trial(name, folder, given):
     """The Trial of a combination as its folder holds it. UserError for what would end its run at the start, and if the
-    run that is there has other settings or is being trained."""
+    run that is there began with other settings or is being trained."""
     base_config, base = settings_of_run(given)  # of the run that is fine-tuned
     settings = build_settings(Settings, {**base_config, **given})
     if settings.shard:
@@ -1405,26 +1403,20 @@ def build_trial(name, folder, given):
         model = build_model(open_data(base, setup).config, None, setup)
     set_gates(model, settings, is_new=True)
     trial = Trial(name, folder, given, settings, model.flops_per_token() * settings.tokens_per_step)
-    if settings.overwrite or not folder.is_dir():
+    has_run = any((folder / name).exists() for name in ("ckpt.pt", "ckpt_previous.pt"))
+    if settings.overwrite or not has_run:
         return trial
 
     with prepare_data.locked(folder, f"training in {folder}"):
-        if not any((folder / name).exists() for name in ("ckpt.pt", "ckpt_previous.pt")):
-            return trial  # a run that ended before its first checkpoint begins anew
-        trial.read_log()
-        checkpoint = open_checkpoint(folder)
-    of_run = dict(checkpoint["settings"])
-    if (folder / "settings.py").exists():  # what the run began with; its checkpoint says how it was continued
-        began_with = read_config_file(Settings, str(folder / "settings.py"))
-        of_run |= {name: began_with.get(name, getattr(Settings, name)) for name in ("init_from", "dtype")}
-    for field in fields(Settings):
-        before, now = of_run.get(field.name, field.default), getattr(settings, field.name)
-        has_effect = field.name != "eval_iters" or settings.last_eval_iters is None
-        if before != now and has_effect and field.name not in MAY_DIFFER:
-            raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
-    if not trial.outcome:
+        checkpoint, began_with = open_checkpoint(folder), read_config_file(Settings, str(folder / "settings.py"))
+        earlier = build_settings(Settings, {**base_config, **began_with})
+        for field in fields(Settings):
+            before, now = getattr(earlier, field.name), getattr(settings, field.name)
+            if before != now and field.name not in MAY_DIFFER:
+                raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
         trial.step, trial.loss = checkpoint["step"], checkpoint["val_loss"]
         trial.outcome = "finished" if trial.step >= settings.max_iters else ""
+        trial.read_log()  # which may say that it diverged
     return trial
 
 
@@ -1435,68 +1427,63 @@ def takes_any_gpu(settings):
 
 def train_trials(trials, folder, stop):
     """Trains the runs without an outcome, as many at a time as there are GPUs or cores, and gives them one."""
-    waiting, places = [trial for trial in trials if not trial.outcome], queue.SimpleQueue()
-    names = [""] * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    waiting = [trial for trial in trials if not trial.outcome]
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    places = [{"OMP_NUM_THREADS": "1"}] * n_cores
     if waiting and all(takes_any_gpu(trial.settings) for trial in waiting):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    n_places = trials[0].settings.jobs or len(names)
-    for i in range(n_places):
-        places.put(names[i % len(names)])
-    begin, share_before = time.monotonic(), share_done(trials)
-    with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_places) as pool:
-        running = {pool.submit(run_trial, trial, places, stop) for trial in waiting}
-        while running:
-            ended, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
-            for future in ended:
-                future.result()
-            if ended or sys.stderr.isatty():
-                text = progress_line(trials, time.monotonic() - begin, share_before)
-                end = "\r" if running and sys.stderr.isatty() else "\n"
-                print(text, end=end, file=sys.stderr, flush=True)
+        numbers = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        places = [{"CUDA_VISIBLE_DEVICES": number} for number in numbers.split(",")]
+    running = [None] * (trials[0].settings.jobs or len(places))  # the Trial of each job
+    begin, share_before, is_terminal = time.monotonic(), share_done(trials), sys.stderr.isatty()
+    with stop.listen(f"{folder}/*/ckpt.pt"):
+        while (waiting or any(running)) and not stop.number:
+            has_news = is_terminal
+            for i, trial in enumerate(running):
+                if trial and trial.process.poll() is not None:
+                    end_trial(trial, stop)
+                    running[i], has_news = None, True
+                if waiting and not running[i]:
+                    running[i] = waiting.pop(0)
+                    start_trial(running[i], places[i % len(places)])
+            if has_news:
+                line = progress_line(trials, time.monotonic() - begin, share_before)
+                print(line.ljust(100), end="\r" if is_terminal and any(running) else "\n", file=sys.stderr, flush=True)
+            time.sleep(0.5)
+        for trial in filter(None, running):
+            trial.process.terminate()  # which saves and ends
+        for trial in filter(None, running):
+            end_trial(trial, stop)
 
 
-def run_trial(trial, places, stop):
-    """Trains a run at a free place, the number of a GPU or "" for a core; prints why it failed or diverged."""
-    place = places.get()
-    try:
-        if not stop.number:
-            trial.outcome = run_process(trial, place, stop)
-    except OSError as error:
-        trial.outcome = f"failed: {error.filename}: {error.strerror}"
-    places.put(place)
-    if trial.outcome not in ("", "finished"):
-        print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
-
-
-def run_process(trial, place, stop):
-    """The outcome of the run's process; "" if the sweep is stopped, which asks it to save and end. It has a session of
-    its own, so that Ctrl-C in the terminal reaches the sweep alone."""
+def start_trial(trial, place):
+    """Starts the run's process; `place`, environment variables, gives it a GPU or a core. It has a session of its own,
+    so that Ctrl-C in the terminal reaches the sweep alone."""
     is_resumed = (trial.folder / "ckpt.pt").exists() and not trial.settings.overwrite
     trial.folder.mkdir(parents=True, exist_ok=True)
-    config, log = trial.folder / "settings.py", trial.folder / "train.log"
+    config = trial.folder / "settings.py"
     given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
     config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
     command = [sys.executable, __file__, config, "--init_from=resume" if is_resumed else "--overwrite"]
-    environment = {**os.environ, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": place} if place else {"OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **place, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     trial.started = time.time()
-    with open(log, "ab") as file:
+    with open(trial.folder / "train.log", "ab") as file:
         streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-    while process.poll() is None and not stop.number:
-        time.sleep(0.1)
-    process.terminate()  # does nothing if it has ended
-    code = process.wait()
+        trial.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+
+
+def end_trial(trial, stop):
+    """Notes the outcome of the run's process once that ends, none if it ends because the sweep is stopped."""
+    code = trial.process.wait()
     trial.read_log()
+    is_stopped = stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)
     if code == 0:
-        return "finished"
-    if trial.outcome or (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
-        return trial.outcome
-    if code < 0:
-        return f"failed: killed by {signal.Signals(-code).name}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
-    return f"failed: {lines[-1].removeprefix('error: ')}"
+        trial.outcome = "finished"
+    elif not trial.outcome and not is_stopped:
+        said = (trial.folder / "train.log").read_text(errors="replace").strip() or "it said nothing"
+        last_line = said.splitlines()[-1].removeprefix("error: ")
+        trial.outcome = f"failed: killed by {signal.Signals(-code).name}" if code < 0 else f"failed: {last_line}"
+    if trial.outcome not in ("", "finished"):
+        print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
 
 
 def share_done(trials):
@@ -1509,13 +1496,13 @@ def share_done(trials):
 def progress_line(trials, seconds, share_before):
     """How far the runs are, as their logs say, and how long the rest takes, as the last `seconds` went."""
     for trial in trials:
-        if trial.started and not trial.outcome:
+        if trial.process and not trial.outcome:
             trial.read_log()
     share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)
     text = f"{n_ended} of {len(trials)} runs have ended, {share:.0%}"
     if share_before < share < 1:
         text += f", about {clock(seconds * (1 - share) / (share - share_before))} left"
-    return text.ljust(100)
+    return text
 
 
 def print_table(trials):
