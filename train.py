@@ -625,60 +625,40 @@ def get_batch(data, first, n, device):
 def build_model(config, weights, setup):
     """A GPT on the device, with the weights of a checkpoint or None for new ones; UserError if it cannot be had.
 
-    With settings.shard each process holds its part of every parameter, and never the whole of more than one: the same
-    weights as without, since each parameter is drawn whole from a generator of its own and then cut.
+    With settings.shard each process builds it on the CPU and keeps its part of every parameter on the device.
     """
     settings = setup.settings
-    if settings.shard and weights is None and find_scheme(config.norm)[0].omega:
-        raise UserError(
-            f"norm {config.norm} is initialized by a pass through the whole model: begin without --shard "
-            "(--max_iters=0) and go on with --init_from=resume --shard"
-        )
     try:
         torch.manual_seed(settings.seed)
-        with torch.device("meta") if settings.shard else nullcontext():
-            model = GPT(config)
+        model = GPT(config)
         model = model.to({"float64": torch.float64, "bfloat16_pure": torch.bfloat16}.get(setup.dtype, torch.float32))
         for gate in model.gates() if settings.float32_gates else ():
             gate.data = gate.data.float()
+        if weights is not None:
+            model.load_state_dict(weights)
         if settings.recompute:
             for block in model.blocks:
                 block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
         if settings.shard:
-            torch.manual_seed(settings.seed)
-            seed = None if weights else int(torch.randint(2**62, (), device="cpu"))
-            shard_model(model, setup.device, setup.use_compile, seed)
-        model.to(setup.device)
-        if weights is not None:
-            params = dict(model.named_parameters())
-            model.load_state_dict({n: placed_as(params[n], w) if n in params else w for n, w in weights.items()})
-        return model
+            shard_model(model, setup)
+        return model.to(setup.device)
     except (RuntimeError, MemoryError, OverflowError, AttributeError) as error:
-        what = "the checkpoint's weights do not fit its config" if weights else "this model cannot be built"
         reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
-        raise UserError(f"{what}: {reason}") from None
+        raise UserError(f"this model cannot be built: {reason}") from None
 
 
-def shard_model(model, device, use_compile, init_seed):
-    """Spreads a model on the meta device over the processes (FSDP2) and gives it memory, and the weights of init_seed
-    unless it is None.
-
-    A block's weights are gathered just before it computes and dropped after. They are gathered in float32, as autocast
-    expects them. What is compiled is the block, between its gathering and its dropping."""
+def shard_model(model, setup):
+    """Spreads a model over the processes (FSDP2). A block's weights are gathered just before it computes, in float32 as
+    autocast expects them, and dropped after; what is compiled is the block, between its gathering and its dropping."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.experimental import implicit_replication
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(setup.device.type, (setup.processes.size,))
     for block in model.blocks:
-        if use_compile:
+        if setup.use_compile:
             block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.to_empty(device=device)
-    if init_seed is not None:
-        with implicit_replication():  # each process draws the whole tensor, and copies its part of it
-            model.init_weights(init_seed)
 
 
 def whole(tree, keep=True):
