@@ -222,28 +222,27 @@ def train(checkpoint, changes, data, setup, stop):
 
     def measure():
         """(the held-out loss, stream_report's dict), both in the log."""
-        with times("evaluation"):
-            check_shards(data.sizes)
-            is_last = step >= settings.max_iters and settings.last_eval_iters is not None
-            loss = evaluate(compiled, data.val, setup, settings.last_eval_iters if is_last else settings.eval_iters)
-            if not math.isfinite(loss):
-                folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
-            text, record = describe_loss(loss, data)
-            print(f"step {step:5d}: {text}")
-            of_stream = stream_report(model, *report_batch[:2], autocast)
-            folder.log({"step": step, "tokens": tokens, **record, **of_stream})
+        check_shards(data.sizes)
+        is_last = step >= settings.max_iters and settings.last_eval_iters is not None
+        loss = evaluate(compiled, data.val, setup, settings.last_eval_iters if is_last else settings.eval_iters)
+        if not math.isfinite(loss):
+            folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
+        text, record = describe_loss(loss, data)
+        print(f"step {step:5d}: {text}")
+        of_stream = stream_report(model, *report_batch[:2], autocast)
+        folder.log({"step": step, "tokens": tokens, **record, **of_stream})
         return loss, of_stream
 
     def save():
-        with times("checkpoints"):
-            folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
+        folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
 
     # -- the loop; `step` is the number of steps that are done
     model.train()
     is_stopping, batches = False, read_step(data, step, setup)
     if val_loss is None:
-        val_loss, report = measure()
-        save()
+        with times("evaluations"):
+            val_loss, report = measure()
+            save()
     while step < settings.max_iters and not is_stopping:
         lr = learning_rate(step, settings)
         for group in optimizer.param_groups:
@@ -291,8 +290,9 @@ def train(checkpoint, changes, data, setup, stop):
         if step == begin["step"] + 1:
             print_first_step(step, times, setup)
         if step % settings.eval_interval == 0 or step >= settings.max_iters:
-            val_loss, report = measure()
-            save()
+            with times("evaluations"):
+                val_loss, report = measure()
+                save()
         elif not skipped and (is_stopping or is_kept(step, settings)):
             save()  # not after skipped steps: the checkpoint from before them stays
 
@@ -300,7 +300,7 @@ def train(checkpoint, changes, data, setup, stop):
     if is_stopping and step < settings.max_iters:
         where = f"stopped at step {step}, {settings.out_dir}/ckpt.pt is of step {folder.saved_step}"
         stop.end(f"{where}; continue with --init_from=resume --out_dir={settings.out_dir}")
-    print(f"done in {times}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
+    print(f"done in {clock(times.total())}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
     if report:
         print(picture(report))
     if data.tokenizer:
@@ -379,11 +379,8 @@ OF_ONE_CALL = (
 
 
 def settings_of_run(given):
-    """({name: value}, checkpoint): the settings that an earlier run hands on to what is `given`, all but those of one
-    call, or its architecture alone for fine-tuning. ({}, None) for a new run.
-
-    UserError if what is given contradicts the architecture.
-    """
+    """({name: value}, checkpoint): what an earlier run hands on, its settings or, for fine-tuning, its architecture;
+    ({}, None) for a new run. UserError if what is given contradicts it."""
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
     if given.get("eval_only") and given.get("sample") is not None:
@@ -414,7 +411,7 @@ def settings_of_run(given):
     return of_run, checkpoint
 
 
-# How far a run is, as its checkpoint says it, before the first step; checkpoints of earlier versions lack some of it.
+# How far a run is before the first step; checkpoints of earlier versions lack some of it.
 NEW_RUN = {"step": 0, "skipped": 0, "tokens": 0, "val_loss": None, "shards": {}}
 
 
@@ -481,7 +478,7 @@ def set_up(settings, processes):
         if ":" in name:
             raise UserError(f"device is {name} for all {processes.size} processes; say cuda, and each takes its own")
         if name in ("auto", "cuda") and torch.cuda.is_available():
-            name = f"cuda:{processes.local_rank}"
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
     device, dtype = usable_device(name), settings.dtype
     if dtype == "auto":
         is_fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
@@ -595,7 +592,7 @@ def check_shards(sizes):
 
 
 def read_step(data, step, setup):
-    """This process's micro-batches of a step: a list of get_batch's; [] past the last step."""
+    """This process's micro-batches of a step, as get_batch gives them; none past the last step."""
     settings, processes = setup.settings, setup.processes
     if step >= settings.max_iters:
         return []
@@ -606,8 +603,7 @@ def read_step(data, step, setup):
 
 
 def get_batch(data, first, n, device):
-    """Rows first ... first + n - 1 of `data`: inputs and targets, tensors (n, block_size) on the device, and how many
-    of the targets count (-100 does not)."""
+    """n rows of `data`: inputs and targets, tensors (n, block_size) on the device, and how many targets are not -100."""
     x, y = data.rows(first, n)
     count = int(np.count_nonzero(y != -100))
     if not count:
@@ -662,8 +658,8 @@ def shard_model(model, setup):
 
 
 def whole(tree, keep=True):
-    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU: the same form,
-    however many processes trained. All processes take part; without `keep` this one gets None for a sharded tensor."""
+    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU. All processes take
+    part; without `keep` this one gets None for a sharded tensor."""
     if isinstance(tree, dict):
         return {key: whole(value, keep) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -708,8 +704,8 @@ def build_optimizer(model, resumed, setup):
 
 
 def load_moments(optimizer, saved):
-    """Gives the optimizer the moments of the `saved` state; the hyperparameters stay its own. ValueError or another
-    error of look-up if they do not fit."""
+    """Gives the optimizer the moments of the `saved` state; the hyperparameters stay its own. ValueError or LookupError
+    if they do not fit."""
     now = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in now]:
         raise ValueError("its groups hold other parameters")
@@ -737,9 +733,8 @@ def set_gates(model, settings, is_new):
 
 
 def read_gates(text, config):
-    """Gate values of each layer, as GPT.set_gates takes them, from a number, a list or the folder of a run; UserError.
-
-    Predefined gates are the final ones of another run (GPAS Table 5)."""
+    """Gate values of each layer, as GPT.set_gates takes them, from a number, a list or the folder of a run (GPAS Table
+    5: its final ones); UserError."""
     try:
         values = [float(value) for value in text.split(",")]
     except ValueError:
@@ -757,11 +752,8 @@ def read_gates(text, config):
 
 
 def draw_layers(model, optimizer, step, settings, trained):
-    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks' parameters only those of lisa_layers layers
-    are trained; the embedding and the head, with its norm, always are. A function of the seed and the step.
-
-    `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped, for the memory.
-    """
+    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks only lisa_layers, drawn from the seed and the
+    step, are trained. `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped."""
     rng = random.Random(f"{settings.seed} {step // settings.lisa_interval}")
     drawn = rng.sample(range(len(model.blocks)), settings.lisa_layers)
     for i, block in enumerate(model.blocks):
@@ -776,7 +768,7 @@ def draw_layers(model, optimizer, step, settings, trained):
 
 
 class Times:
-    """Seconds spent on each kind of work: `with times("steps"): ...`."""
+    """Seconds spent on steps and on evaluations, with the checkpoint after each: `with times("steps"): ...`."""
 
     def __init__(self):
         self.started, self.spent, self.count = time.monotonic(), Counter(), Counter()
@@ -795,25 +787,21 @@ class Times:
         return (self.spent["steps"] - seconds) / (self.count["steps"] - n)
 
     def left(self, n_steps, step_seconds, settings):
-        """Seconds that so many steps will take, with their evaluations and checkpoints."""
-        evaluation = (self.spent["evaluation"] + self.spent["checkpoints"]) / max(1, self.count["evaluation"])
+        """Seconds that so many steps will take, with their evaluations."""
+        evaluation = self.spent["evaluations"] / max(1, self.count["evaluations"])
         return n_steps * (step_seconds + evaluation / settings.eval_interval)
 
-    def __str__(self):
-        total = time.monotonic() - self.started
-        spent = {**self.spent, "the rest": total - self.spent.total()}
-        shares = ", ".join(f"{name} {seconds / max(total, 1e-9):.1%}" for name, seconds in spent.items())
-        return f"{clock(total)} ({shares})"
+    def total(self):
+        return time.monotonic() - self.started
 
 
 def print_first_step(step, times, setup):
-    """How long the first step took if it held the compilation, else how long all of them will take."""
     seconds = times.spent["steps"]
     if setup.use_compile:
         print(f"the first step took {clock(seconds)}, with compilation")
     else:
         left = times.left(setup.settings.max_iters - step, seconds, setup.settings)
-        print(f"about {clock(time.monotonic() - times.started + left)} in all")
+        print(f"about {clock(times.total() + left)} in all")
 
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
@@ -821,9 +809,8 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 
 
 def print_step(record, model, times, setup):
-    """Prints the line of a step from its record for the log. What the record has besides: the speed since the last line
-    (tokens per second, and the share of the device's peak that this is where that is known), and {name_loss: number} of
-    what training adds to the cross-entropy, of this process's last micro-batch."""
+    """Prints the line of a step from its record for the log. What the log has besides: the speed since the last line,
+    and what training adds to the cross-entropy, of this process's last micro-batch."""
     settings, step, seconds = setup.settings, record["step"], times.step_seconds()
     rate = settings.tokens_per_step / max(seconds, 1e-9)
     more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
@@ -1159,7 +1146,6 @@ class Processes:
     """The processes of the job: this one alone, or those that torchrun started."""
 
     rank: int = 0  # the one of rank 0 speaks and writes
-    local_rank: int = 0  # among those of this machine: the number of its GPU
     size: int = 1
     store: dist.Store | None = None  # what they share besides tensors
 
@@ -1193,7 +1179,7 @@ def connected_processes():
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             store, rank, size = next(iter(dist.rendezvous("env://")))
-            processes = Processes(rank, int(os.environ["LOCAL_RANK"]), size, store)
+            processes = Processes(rank, size, store)
             if rank:
                 sys.stdout = open(os.devnull, "w")
                 warnings.simplefilter("ignore")
