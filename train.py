@@ -133,6 +133,13 @@ class Settings(GPTConfig):
             self.max_iters = 280 if self.max_tokens is None else max(1, round(self.max_tokens / self.tokens_per_step))
         if self.freeze_gates is None:
             self.freeze_gates = is_tuning and has_gates and self.gates is None
+        if self.gradient_accumulation_steps % self.gpus:
+            n = self.gradient_accumulation_steps
+            raise ValueError(f"gradient_accumulation_steps {n} cannot be shared by {self.gpus} GPUs")
+        if self.eval_only and self.sample is not None:
+            raise ValueError("eval_only and sample are two things to do with a run: give one of them")
+        if self.overwrite and (self.eval_only or self.sample is not None or self.init_from == "resume"):
+            raise ValueError("overwrite replaces a run with a new one: it does not go with resume, eval_only or sample")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -383,12 +390,8 @@ def settings_of_run(given):
     ({}, None) for a new run. UserError if what is given contradicts it."""
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
-    if given.get("eval_only") and given.get("sample") is not None:
-        raise UserError("eval_only and sample are two things to do with a run: give one of them")
     if init_from == "scratch" and not is_call:
         return {}, None
-    if given.get("overwrite") and (is_call or init_from == "resume"):
-        raise UserError("overwrite replaces a run with a new one: it does not go with resume, eval_only or sample")
     is_tuning = init_from not in ("scratch", "resume") and not is_call
     folder = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
     checkpoint = open_checkpoint(folder)
@@ -402,9 +405,8 @@ def settings_of_run(given):
         if "max_iters" not in given and ("epochs" in given or "max_tokens" in given):
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
-    differ = [n for n in checkpoint["config"] if n in given and given[n] != of_run[n]]
-    if is_tuning:  # no weight depends on the length
-        differ = [n for n in differ if n != "block_size"]
+    fixed = [n for n in checkpoint["config"] if not (is_tuning and n == "block_size")]  # no weight depends on that
+    differ = [n for n in fixed if n in given and given[n] != of_run[n]]
     if differ:
         wrong = ", ".join(f"{n} {of_run[n]} (given {given[n]})" for n in differ)
         raise UserError(f"{folder} is a model of {wrong}")
@@ -470,7 +472,9 @@ class Setup:
 
 def set_up(settings, processes):
     """The Setup that the settings ask for and the machine has."""
-    check_sharing(settings, processes.size, "processes")
+    if settings.gradient_accumulation_steps % processes.size:
+        n = settings.gradient_accumulation_steps
+        raise UserError(f"gradient_accumulation_steps {n} cannot be shared by {processes.size} processes")
     if settings.shard and processes.size == 1:
         raise UserError("shard spreads a model over processes, this is one: torchrun --nproc_per_node=N train.py ...")
     name = settings.device
@@ -489,7 +493,7 @@ def set_up(settings, processes):
     torch.backends.cuda.matmul.allow_tf32 = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
+    elif device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(settings.seed)
     return Setup(settings, processes, device, dtype, use_compile)
@@ -501,13 +505,6 @@ def usable_device(name):
         return find_device(name)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def check_sharing(settings, size, what):
-    """UserError if so many processes, or GPUs, cannot share the micro-steps of a step."""
-    n = settings.gradient_accumulation_steps
-    if n % size:
-        raise UserError(f"gradient_accumulation_steps {n} cannot be shared by {size} {what}")
 
 
 def keep_freed_memory():
@@ -670,15 +667,6 @@ def whole(tree, keep=True):
     return tensor.cpu() if keep else None
 
 
-def placed_as(like, value):
-    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
-    if hasattr(like, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value
-
-
 def exchange_gradients(model, setup):
     """The model as the steps call it: under several processes, each with the whole model, in DDP. FSDP exchanges
     gradients in each micro-step, since the sum of what is not yet exchanged is as large as the whole model."""
@@ -711,13 +699,15 @@ def load_moments(optimizer, saved):
         raise ValueError("its groups hold other parameters")
     params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
     for i, moments in saved["state"].items():
-        state[i] = {}
+        state[i], p = {}, params[i]
         for name, value in moments.items():
-            if value.dim() and value.shape != params[i].shape:
-                shapes = tuple(value.shape), tuple(params[i].shape)
-                raise ValueError(f"{name} of parameter {i} has shape {shapes[0]}, not {shapes[1]}")
-            # `clone`, since the optimizer will write into it and the file is mapped
-            state[i][name] = (placed_as(params[i], value) if value.dim() else value).clone()
+            if value.dim() and value.shape != p.shape:
+                raise ValueError(f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+            if value.dim() and hasattr(p, "device_mesh"):  # sharded: this process's part
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+            state[i][name] = value.clone()  # the optimizer will write into it, and the file is mapped
     optimizer.load_state_dict({"state": state, "param_groups": now})
 
 
@@ -1211,7 +1201,6 @@ def connected_processes():
 def plan(settings):
     """What a run would be, as text: the model's size, its tokens, steps and FLOPs, and the memory of each GPU, from a
     model on the meta device. Only epochs need the data, to count them."""
-    check_sharing(settings, settings.gpus, "GPUs")
     if settings.max_iters is None:
         data = TokenData(find_data(settings, Processes()), "train", settings.block_size, 2**31, rows=settings.rows)
         settings.max_iters = count_steps(settings, len(data))
