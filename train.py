@@ -35,6 +35,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -51,7 +52,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
 from configurator import COUNT, NATURAL, NOT_NEGATIVE
-from configurator import UserError, build_settings, read_config_file, read_log, read_settings, run, save_whole
+from configurator import UserError, build_settings, progress, read_config_file, read_log, read_settings, run, save_whole
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
@@ -600,7 +601,7 @@ def read_step(data, step, setup):
 
 
 def get_batch(data, first, n, device):
-    """n rows of `data`: inputs and targets, tensors (n, block_size) on the device, and how many targets are not -100."""
+    """n rows of `data`: inputs and targets, tensors (n, block_size) on the device; how many targets are not -100."""
     x, y = data.rows(first, n)
     count = int(np.count_nonzero(y != -100))
     if not count:
@@ -1271,21 +1272,16 @@ class Trial:
     folder: Path
     given: dict  # settings, as train.py takes them
     settings: Settings
-    flops: float  # of a step, which tell the time that it takes
     step: int = 0
     loss: float | None = None  # the last on the held-out set
     outcome: str = ""  # "finished", "diverged: why" or "failed: why"; empty as long as it is not trained
-    process: subprocess.Popen | None = None
-    started: float = 0.0  # time.time() at the start of the process
 
-    def read_log(self):
-        """Notes what it has logged, since its process started if there is one: step, loss, and that it diverged."""
+    def read_log(self, since=0.0):
+        """Notes step, loss and that it diverged from its log, if this was written since then (time.time())."""
         log = self.folder / "log.jsonl"
-        try:
-            records = read_log(log) if os.path.getmtime(log) >= self.started else []
-        except (FileNotFoundError, UserError):  # none yet, or damaged: then the run itself says so
+        if not log.exists() or os.path.getmtime(log) < since:
             return
-        for record in records:
+        for record in read_log(log):
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)
             if "diverged" in record:
                 self.outcome = f"diverged: {record['diverged']}"
@@ -1357,7 +1353,7 @@ def build_trial(name, folder, given):
     with torch.device("meta"):
         model = build_model(open_data(base, setup).config, None, setup)
     set_gates(model, settings, is_new=True)
-    trial = Trial(name, folder, given, settings, model.flops_per_token() * settings.tokens_per_step)
+    trial = Trial(name, folder, given, settings)
     has_run = any((folder / name).exists() for name in ("ckpt.pt", "ckpt_previous.pt"))
     if settings.overwrite or not has_run:
         return trial
@@ -1384,80 +1380,50 @@ def train_trials(trials, folder, stop):
     """Trains the runs without an outcome, as many at a time as there are GPUs or cores, and gives them one."""
     waiting = [trial for trial in trials if not trial.outcome]
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    places = [{"OMP_NUM_THREADS": "1"}] * n_cores
+    places = [{"OMP_NUM_THREADS": "1"}] * n_cores  # environment variables that give a run its core or GPU
     if waiting and all(takes_any_gpu(trial.settings) for trial in waiting):
         numbers = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         places = [{"CUDA_VISIBLE_DEVICES": number} for number in numbers.split(",")]
-    running = [None] * (trials[0].settings.jobs or len(places))  # the Trial of each job
-    begin, share_before, is_terminal = time.monotonic(), share_done(trials), sys.stderr.isatty()
-    with stop.listen(f"{folder}/*/ckpt.pt"):
-        while (waiting or any(running)) and not stop.number:
-            has_news = is_terminal
-            for i, trial in enumerate(running):
-                if trial and trial.process.poll() is not None:
-                    end_trial(trial, stop)
-                    running[i], has_news = None, True
-                if waiting and not running[i]:
-                    running[i] = waiting.pop(0)
-                    start_trial(running[i], places[i % len(places)])
-            if has_news:
-                line = progress_line(trials, time.monotonic() - begin, share_before)
-                print(line.ljust(100), end="\r" if is_terminal and any(running) else "\n", file=sys.stderr, flush=True)
-            time.sleep(0.5)
-        for trial in filter(None, running):
-            trial.process.terminate()  # which saves and ends
-        for trial in filter(None, running):
-            end_trial(trial, stop)
+    n_jobs = trials[0].settings.jobs or len(places)
+    free = [places[i % len(places)] for i in range(n_jobs)]
+    if waiting:
+        print(f"{len(waiting)} runs, {n_jobs} at a time; see train.log in their folders", file=sys.stderr)
+    with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_jobs) as pool:
+        for future in progress([pool.submit(train_trial, trial, free, stop) for trial in waiting], "runs"):
+            future.result()
 
 
-def start_trial(trial, place):
-    """Starts the run's process; `place`, environment variables, gives it a GPU or a core. It has a session of its own,
-    so that Ctrl-C in the terminal reaches the sweep alone."""
+def train_trial(trial, free, stop):
+    """Trains a run in a process of its own, at a free place, and notes its outcome. If the sweep is stopped, the run is
+    asked to save and end, and has none. Its session is its own, so that Ctrl-C in the terminal reaches the sweep alone.
+    """
+    if stop.number:
+        return
     is_resumed = (trial.folder / "ckpt.pt").exists() and not trial.settings.overwrite
     trial.folder.mkdir(parents=True, exist_ok=True)
-    config = trial.folder / "settings.py"
+    config, log = trial.folder / "settings.py", trial.folder / "train.log"
     given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
     config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
     command = [sys.executable, __file__, config, "--init_from=resume" if is_resumed else "--overwrite"]
+    place, started = free.pop(0), time.time()
     environment = {**os.environ, **place, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    trial.started = time.time()
-    with open(trial.folder / "train.log", "ab") as file:
+    with open(log, "ab") as file:
         streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        trial.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-
-
-def end_trial(trial, stop):
-    """Notes the outcome of the run's process once that ends, none if it ends because the sweep is stopped."""
-    code = trial.process.wait()
-    trial.read_log()
-    is_stopped = stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    while process.poll() is None and not stop.number:
+        time.sleep(0.1)
+    process.terminate()  # does nothing if it has ended
+    code = process.wait()
+    free.append(place)
+    trial.read_log(started)
     if code == 0:
         trial.outcome = "finished"
-    elif not trial.outcome and not is_stopped:
-        said = (trial.folder / "train.log").read_text(errors="replace").strip() or "it said nothing"
+    elif not trial.outcome and not (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
+        said = log.read_text(errors="replace").strip() or "it said nothing"
         last_line = said.splitlines()[-1].removeprefix("error: ")
         trial.outcome = f"failed: killed by {signal.Signals(-code).name}" if code < 0 else f"failed: {last_line}"
-    if trial.outcome not in ("", "finished"):
+    if trial.outcome:
         print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
-
-
-def share_done(trials):
-    """The share of the sweep's FLOPs that are spent; a run that has ended counts as whole."""
-    steps = [trial.settings.max_iters if trial.outcome else trial.step for trial in trials]
-    total = sum(trial.flops * trial.settings.max_iters for trial in trials)
-    return sum(trial.flops * step for trial, step in zip(trials, steps)) / max(total, 1)
-
-
-def progress_line(trials, seconds, share_before):
-    """How far the runs are, as their logs say, and how long the rest takes, as the last `seconds` went."""
-    for trial in trials:
-        if trial.process and not trial.outcome:
-            trial.read_log()
-    share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)
-    text = f"{n_ended} of {len(trials)} runs have ended, {share:.0%}"
-    if share_before < share < 1:
-        text += f", about {clock(seconds * (1 - share) / (share - share_before))} left"
-    return text
 
 
 def print_table(trials):
