@@ -34,12 +34,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal
 
 import numpy as np
@@ -225,7 +226,7 @@ def train(checkpoint, changes, data, setup, stop):
     if step > settings.max_iters:
         raise UserError(f"the run in {settings.out_dir} is at step {step}, beyond max_iters {settings.max_iters}")
     folder = RunFolder(resumed, changes, setup)
-    times, report = Times(), {}
+    times, report = Times(settings), {}
     report_batch = get_batch(data.val, 0, min(8, len(data.val)), setup.device)
 
     def measure():
@@ -248,7 +249,7 @@ def train(checkpoint, changes, data, setup, stop):
     model.train()
     is_stopping, batches = False, read_step(data, step, setup)
     if val_loss is None:
-        with times("evaluations"):
+        with timed(times.evaluations):
             val_loss, report = measure()
             save()
     while step < settings.max_iters and not is_stopping:
@@ -259,7 +260,7 @@ def train(checkpoint, changes, data, setup, stop):
             draw_layers(model, optimizer, step, settings, trained)
             net = exchange_gradients(compiled, setup)
 
-        with times("steps"):
+        with timed(times.steps):
             # The mean over all tokens of the step that have a target, wherever they are: each micro-batch counts by its
             # share of them, n / n_targets. DDP and FSDP divide the sum of gradients by the number of processes: the
             # factor processes.size undoes this.
@@ -296,9 +297,9 @@ def train(checkpoint, changes, data, setup, stop):
             record |= {"gate_grad_norm": gate_norm} if gates else {}
             folder.log(record | {"tokens": tokens} | print_step(record, model, times, setup))
         if step == begin["step"] + 1:
-            print_first_step(step, times, setup)
+            print_first_step(times, setup, step)
         if step % settings.eval_interval == 0 or step >= settings.max_iters:
-            with times("evaluations"):
+            with timed(times.evaluations):
                 val_loss, report = measure()
                 save()
         elif not skipped and (is_stopping or is_kept(step, settings)):
@@ -308,7 +309,7 @@ def train(checkpoint, changes, data, setup, stop):
     if is_stopping and step < settings.max_iters:
         where = f"stopped at step {step}, {settings.out_dir}/ckpt.pt is of step {folder.saved_step}"
         stop.end(f"{where}; continue with --init_from=resume --out_dir={settings.out_dir}")
-    print(f"done in {clock(times.total())}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
+    print(f"done in {clock(times.passed())}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
     if report:
         print(picture(report))
     if data.tokenizer:
@@ -759,40 +760,34 @@ def draw_layers(model, optimizer, step, settings, trained):
 
 
 class Times:
-    """Seconds spent on steps and on evaluations, with the checkpoint after each: `with times("steps"): ...`."""
+    """Seconds of the steps since the last line of the log, and of the evaluations, with the checkpoint after each."""
 
-    def __init__(self):
-        self.started, self.spent, self.count = time.monotonic(), Counter(), Counter()
-        self.before = 0, 0.0  # steps and their seconds at the last line of the log
+    def __init__(self, settings):
+        self.settings, self.started = settings, time.monotonic()
+        self.steps, self.evaluations = deque(maxlen=settings.log_interval), []
 
-    @contextmanager
-    def __call__(self, name):
-        begin = time.monotonic()
-        yield
-        self.spent[name] += time.monotonic() - begin
-        self.count[name] += 1
-
-    def step_seconds(self):
-        """Seconds of a step, the mean since the last call."""
-        (n, seconds), self.before = self.before, (self.count["steps"], self.spent["steps"])
-        return (self.spent["steps"] - seconds) / (self.count["steps"] - n)
-
-    def left(self, n_steps, step_seconds, settings):
-        """Seconds that so many steps will take, with their evaluations."""
-        evaluation = self.spent["evaluations"] / max(1, self.count["evaluations"])
-        return n_steps * (step_seconds + evaluation / settings.eval_interval)
-
-    def total(self):
+    def passed(self):
         return time.monotonic() - self.started
 
+    def left(self, step):
+        """Seconds from a step to the end, with evaluations."""
+        evaluation = sum(self.evaluations) / max(1, len(self.evaluations))
+        return (self.settings.max_iters - step) * (fmean(self.steps) + evaluation / self.settings.eval_interval)
 
-def print_first_step(step, times, setup):
-    seconds = times.spent["steps"]
+
+@contextmanager
+def timed(seconds):
+    """Adds the seconds that its body takes to a list."""
+    begin = time.monotonic()
+    yield
+    seconds.append(time.monotonic() - begin)
+
+
+def print_first_step(times, setup, step):
     if setup.use_compile:
-        print(f"the first step took {clock(seconds)}, with compilation")
+        print(f"the first step took {clock(times.steps[0])}, with compilation")
     else:
-        left = times.left(setup.settings.max_iters - step, seconds, setup.settings)
-        print(f"about {clock(times.total() + left)} in all")
+        print(f"about {clock(times.passed() + times.left(step))} in all")
 
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
@@ -802,18 +797,17 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 def print_step(record, model, times, setup):
     """Prints the line of a step from its record for the log. What the log has besides: the speed since the last line,
     and what training adds to the cross-entropy, of this process's last micro-batch."""
-    settings, step, seconds = setup.settings, record["step"], times.step_seconds()
-    rate = settings.tokens_per_step / max(seconds, 1e-9)
+    settings, step = setup.settings, record["step"]
+    rate = settings.tokens_per_step / max(fmean(times.steps), 1e-9)
     more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
     name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
     peak = settings.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
     if peak:
         more["mfu"] = model.mfu(rate, 1e12 * peak * setup.processes.size)
         reached = f"MFU {more['mfu']:.1%}"
-    left = times.left(settings.max_iters - step, seconds, settings)
     print(
         f"step {step:5d}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, gradient norm {record['grad_norm']:.3f}, "
-        f"{rate:,.0f} tokens/s, {reached}, {clock(left)} left"
+        f"{rate:,.0f} tokens/s, {reached}, {clock(times.left(step))} left"
     )
     return more | {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
 
@@ -928,7 +922,8 @@ class RunFolder:
         self.setup, self.path, self.loggers = setup, Path(setup.settings.out_dir), []
         self.is_main, self.log_path = setup.processes.rank == 0, self.path / "log.jsonl"
         self.saved_step = resumed["step"] if resumed else None
-        if setup.processes.sum(self.saved_step or 0)[0] != (self.saved_step or 0) * setup.processes.size:
+        step = self.saved_step or 0
+        if setup.processes.sum(step)[0] != step * setup.processes.size:
             raise UserError(f"the processes see different checkpoints: {self.path} must be one folder for all of them")
         if self.is_main:
             self.loggers = open_loggers(setup.settings)
@@ -1208,17 +1203,18 @@ def plan(settings):
     with torch.device("meta"):
         model = GPT(settings.architecture(settings.vocab_size or prepare_data.byte_encoding().n_vocab))
     count, G, tokens = model.count_params(), 1e9, settings.tokens_per_step * settings.max_iters
-    one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
+    tied = count["non_embedding"] + model.lm_head.weight.numel()
     # The weight, its gradient and AdamW's two moments, in float32 unless weights are bfloat16.
     state = (8 if settings.dtype == "bfloat16_pure" else 16) * count["total"] / (settings.gpus if settings.shard else 1)
     flops, activations = model.flops_per_token(), activation_bytes(model, settings)
     return (
         f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters\n"
-        f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, {count['non_embedding']:,} with none\n"
+        f"  {count['active']:,} active, {tied:,} with one vocabulary matrix, {count['non_embedding']:,} with none\n"
         f"  {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens: {tokens / G:.3g}G tokens\n"
         f"  {flops / G:.3g} GFLOP a token, {flops * tokens:.3g} FLOP in all\n"
-        f"  on each of {settings.gpus} GPUs: {settings.tokens_per_step // settings.gpus:,} tokens a step, and in memory "
-        f"{state / G:.3g} GB of weights, gradients and moments ({'sharded' if settings.shard else 'whole'}) + "
+        f"  on each of {settings.gpus} GPUs: {settings.tokens_per_step // settings.gpus:,} tokens a step, "
+        f"and in memory {state / G:.3g} GB of weights, gradients and moments "
+        f"({'sharded' if settings.shard else 'whole'}) + "
         f"{activations / G:.3g} GB of activations ({settings.batch_size} sequences, "
         f"{'blocks recomputed' if settings.recompute else 'all kept'})"
     )
