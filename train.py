@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import queue
 import random
 import shutil
 import signal
@@ -35,12 +34,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal
 
 import numpy as np
@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
 from configurator import COUNT, NATURAL, NOT_NEGATIVE
-from configurator import UserError, build_settings, read_config_file, read_log, read_settings, run, save_whole
+from configurator import UserError, build_settings, progress, read_config_file, read_log, read_settings, run, save_whole
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
@@ -135,6 +135,13 @@ class Settings(GPTConfig):
             self.max_iters = 280 if self.max_tokens is None else max(1, round(self.max_tokens / self.tokens_per_step))
         if self.freeze_gates is None:
             self.freeze_gates = is_tuning and has_gates and self.gates is None
+        if self.gradient_accumulation_steps % self.gpus:
+            n = self.gradient_accumulation_steps
+            raise ValueError(f"gradient_accumulation_steps {n} cannot be shared by {self.gpus} GPUs")
+        if self.eval_only and self.sample is not None:
+            raise ValueError("eval_only and sample are two things to do with a run: give one of them")
+        if self.overwrite and (self.eval_only or self.sample is not None or self.init_from == "resume"):
+            raise ValueError("overwrite replaces a run with a new one: it does not go with resume, eval_only or sample")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -168,8 +175,7 @@ class Settings(GPTConfig):
 
 def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    processes = find_processes()
-    with errors_told_once(processes):
+    with connected_processes() as processes:
         stop = StopRequest(is_main=processes.rank == 0)
         given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
         if is_sweep(given):
@@ -220,34 +226,32 @@ def train(checkpoint, changes, data, setup, stop):
     if step > settings.max_iters:
         raise UserError(f"the run in {settings.out_dir} is at step {step}, beyond max_iters {settings.max_iters}")
     folder = RunFolder(resumed, changes, setup)
-    times, report = Times(), {}
+    times, report = Times(settings), {}
     report_batch = get_batch(data.val, 0, min(8, len(data.val)), setup.device)
 
     def measure():
         """(the held-out loss, stream_report's dict), both in the log."""
-        with times("evaluation"):
-            check_shards(data.sizes)
-            is_last = step >= settings.max_iters and settings.last_eval_iters is not None
-            loss = evaluate(compiled, data.val, setup, settings.last_eval_iters if is_last else settings.eval_iters)
-            if not math.isfinite(loss):
-                folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
-            text, record = describe_loss(loss, data)
-            print(f"step {step:5d}: {text}")
-            needs_report = processes.rank == 0 or settings.shard
-            of_stream = stream_report(model, *report_batch[:2], autocast) if needs_report else {}
-            folder.log({"step": step, "tokens": tokens, **record, **of_stream})
+        check_shards(data.sizes)
+        is_last = step >= settings.max_iters and settings.last_eval_iters is not None
+        loss = evaluate(compiled, data.val, setup, settings.last_eval_iters if is_last else settings.eval_iters)
+        if not math.isfinite(loss):
+            folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
+        text, record = describe_loss(loss, data)
+        print(f"step {step:5d}: {text}")
+        of_stream = stream_report(model, *report_batch[:2], autocast)
+        folder.log({"step": step, "tokens": tokens, **record, **of_stream})
         return loss, of_stream
 
     def save():
-        with times("checkpoints"):
-            folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
+        folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
 
     # -- the loop; `step` is the number of steps that are done
     model.train()
     is_stopping, batches = False, read_step(data, step, setup)
     if val_loss is None:
-        val_loss, report = measure()
-        save()
+        with timed(times.evaluations):
+            val_loss, report = measure()
+            save()
     while step < settings.max_iters and not is_stopping:
         lr = learning_rate(step, settings)
         for group in optimizer.param_groups:
@@ -256,7 +260,7 @@ def train(checkpoint, changes, data, setup, stop):
             draw_layers(model, optimizer, step, settings, trained)
             net = exchange_gradients(compiled, setup)
 
-        with times("steps"):
+        with timed(times.steps):
             # The mean over all tokens of the step that have a target, wherever they are: each micro-batch counts by its
             # share of them, n / n_targets. DDP and FSDP divide the sum of gradients by the number of processes: the
             # factor processes.size undoes this.
@@ -293,10 +297,11 @@ def train(checkpoint, changes, data, setup, stop):
             record |= {"gate_grad_norm": gate_norm} if gates else {}
             folder.log(record | {"tokens": tokens} | print_step(record, model, times, setup))
         if step == begin["step"] + 1:
-            print_first_step(step, times, setup)
+            print_first_step(times, setup, step)
         if step % settings.eval_interval == 0 or step >= settings.max_iters:
-            val_loss, report = measure()
-            save()
+            with timed(times.evaluations):
+                val_loss, report = measure()
+                save()
         elif not skipped and (is_stopping or is_kept(step, settings)):
             save()  # not after skipped steps: the checkpoint from before them stays
 
@@ -304,10 +309,10 @@ def train(checkpoint, changes, data, setup, stop):
     if is_stopping and step < settings.max_iters:
         where = f"stopped at step {step}, {settings.out_dir}/ckpt.pt is of step {folder.saved_step}"
         stop.end(f"{where}; continue with --init_from=resume --out_dir={settings.out_dir}")
-    print(f"done in {times}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
+    print(f"done in {clock(times.passed())}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
     if report:
         print(picture(report))
-    if data.tokenizer and (processes.rank == 0 or settings.shard):
+    if data.tokenizer:
         print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
 
 
@@ -383,19 +388,12 @@ OF_ONE_CALL = (
 
 
 def settings_of_run(given):
-    """({name: value}, checkpoint): the settings that an earlier run hands on to what is `given`, all but those of one
-    call, or its architecture alone for fine-tuning. ({}, None) for a new run.
-
-    UserError if what is given contradicts the architecture.
-    """
+    """({name: value}, checkpoint): what an earlier run hands on, its settings or, for fine-tuning, its architecture;
+    ({}, None) for a new run. UserError if what is given contradicts it."""
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
-    if given.get("eval_only") and given.get("sample") is not None:
-        raise UserError("eval_only and sample are two things to do with a run: give one of them")
     if init_from == "scratch" and not is_call:
         return {}, None
-    if given.get("overwrite") and (is_call or init_from == "resume"):
-        raise UserError("overwrite replaces a run with a new one: it does not go with resume, eval_only or sample")
     is_tuning = init_from not in ("scratch", "resume") and not is_call
     folder = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
     checkpoint = open_checkpoint(folder)
@@ -409,16 +407,15 @@ def settings_of_run(given):
         if "max_iters" not in given and ("epochs" in given or "max_tokens" in given):
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
-    differ = [n for n in checkpoint["config"] if n in given and given[n] != of_run[n]]
-    if is_tuning:  # no weight depends on the length
-        differ = [n for n in differ if n != "block_size"]
+    fixed = [n for n in checkpoint["config"] if not (is_tuning and n == "block_size")]  # no weight depends on that
+    differ = [n for n in fixed if n in given and given[n] != of_run[n]]
     if differ:
         wrong = ", ".join(f"{n} {of_run[n]} (given {given[n]})" for n in differ)
         raise UserError(f"{folder} is a model of {wrong}")
     return of_run, checkpoint
 
 
-# How far a run is, as its checkpoint says it, before the first step; checkpoints of earlier versions lack some of it.
+# How far a run is before the first step; checkpoints of earlier versions lack some of it.
 NEW_RUN = {"step": 0, "skipped": 0, "tokens": 0, "val_loss": None, "shards": {}}
 
 
@@ -476,8 +473,10 @@ class Setup:
 
 
 def set_up(settings, processes):
-    """The Setup that the settings ask for and the machine has; from here on the processes are connected."""
-    check_sharing(settings, processes.size, "processes")
+    """The Setup that the settings ask for and the machine has."""
+    if settings.gradient_accumulation_steps % processes.size:
+        n = settings.gradient_accumulation_steps
+        raise UserError(f"gradient_accumulation_steps {n} cannot be shared by {processes.size} processes")
     if settings.shard and processes.size == 1:
         raise UserError("shard spreads a model over processes, this is one: torchrun --nproc_per_node=N train.py ...")
     name = settings.device
@@ -485,7 +484,7 @@ def set_up(settings, processes):
         if ":" in name:
             raise UserError(f"device is {name} for all {processes.size} processes; say cuda, and each takes its own")
         if name in ("auto", "cuda") and torch.cuda.is_available():
-            name = f"cuda:{processes.local_rank}"
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
     device, dtype = usable_device(name), settings.dtype
     if dtype == "auto":
         is_fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
@@ -496,9 +495,8 @@ def set_up(settings, processes):
     torch.backends.cuda.matmul.allow_tf32 = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
+    elif device.type == "cpu":
         keep_freed_memory()
-    processes.connect(device)
     torch.manual_seed(settings.seed)
     return Setup(settings, processes, device, dtype, use_compile)
 
@@ -509,13 +507,6 @@ def usable_device(name):
         return find_device(name)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def check_sharing(settings, size, what):
-    """UserError if so many processes, or GPUs, cannot share the micro-steps of a step."""
-    n = settings.gradient_accumulation_steps
-    if n % size:
-        raise UserError(f"gradient_accumulation_steps {n} cannot be shared by {size} {what}")
 
 
 def keep_freed_memory():
@@ -600,7 +591,7 @@ def check_shards(sizes):
 
 
 def read_step(data, step, setup):
-    """This process's micro-batches of a step: a list of get_batch's; [] past the last step."""
+    """This process's micro-batches of a step, as get_batch gives them; none past the last step."""
     settings, processes = setup.settings, setup.processes
     if step >= settings.max_iters:
         return []
@@ -611,8 +602,7 @@ def read_step(data, step, setup):
 
 
 def get_batch(data, first, n, device):
-    """Rows first ... first + n - 1 of `data`: inputs and targets, tensors (n, block_size) on the device, and how many
-    of the targets count (-100 does not)."""
+    """n rows of `data`: inputs and targets, tensors (n, block_size) on the device; how many targets are not -100."""
     x, y = data.rows(first, n)
     count = int(np.count_nonzero(y != -100))
     if not count:
@@ -630,65 +620,45 @@ def get_batch(data, first, n, device):
 def build_model(config, weights, setup):
     """A GPT on the device, with the weights of a checkpoint or None for new ones; UserError if it cannot be had.
 
-    With settings.shard each process holds its part of every parameter, and never the whole of more than one: the same
-    weights as without, since each parameter is drawn whole from a generator of its own and then cut.
+    With settings.shard each process builds it on the CPU and keeps its part of every parameter on the device.
     """
     settings = setup.settings
-    if settings.shard and weights is None and find_scheme(config.norm)[0].omega:
-        raise UserError(
-            f"norm {config.norm} is initialized by a pass through the whole model: begin without --shard "
-            "(--max_iters=0) and go on with --init_from=resume --shard"
-        )
     try:
         torch.manual_seed(settings.seed)
-        with torch.device("meta") if settings.shard else nullcontext():
-            model = GPT(config)
+        model = GPT(config)
         model = model.to({"float64": torch.float64, "bfloat16_pure": torch.bfloat16}.get(setup.dtype, torch.float32))
         for gate in model.gates() if settings.float32_gates else ():
             gate.data = gate.data.float()
+        if weights is not None:
+            model.load_state_dict(weights)
         if settings.recompute:
             for block in model.blocks:
                 block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
         if settings.shard:
-            torch.manual_seed(settings.seed)
-            seed = None if weights else int(torch.randint(2**62, (), device="cpu"))
-            shard_model(model, setup.device, setup.use_compile, seed)
-        model.to(setup.device)
-        if weights is not None:
-            params = dict(model.named_parameters())
-            model.load_state_dict({n: placed_as(params[n], w) if n in params else w for n, w in weights.items()})
-        return model
+            shard_model(model, setup)
+        return model.to(setup.device)
     except (RuntimeError, MemoryError, OverflowError, AttributeError) as error:
-        what = "the checkpoint's weights do not fit its config" if weights else "this model cannot be built"
         reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
-        raise UserError(f"{what}: {reason}") from None
+        raise UserError(f"this model cannot be built: {reason}") from None
 
 
-def shard_model(model, device, use_compile, init_seed):
-    """Spreads a model on the meta device over the processes (FSDP2) and gives it memory, and the weights of init_seed
-    unless it is None.
-
-    A block's weights are gathered just before it computes and dropped after. They are gathered in float32, as autocast
-    expects them. What is compiled is the block, between its gathering and its dropping."""
+def shard_model(model, setup):
+    """Spreads a model over the processes (FSDP2). A block's weights are gathered just before it computes, in float32 as
+    autocast expects them, and dropped after; what is compiled is the block, between its gathering and its dropping."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.experimental import implicit_replication
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(setup.device.type, (setup.processes.size,))
     for block in model.blocks:
-        if use_compile:
+        if setup.use_compile:
             block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.to_empty(device=device)
-    if init_seed is not None:
-        with implicit_replication():  # each process draws the whole tensor, and copies its part of it
-            model.init_weights(init_seed)
 
 
 def whole(tree, keep=True):
-    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU: the same form,
-    however many processes trained. All processes take part; without `keep` this one gets None for a sharded tensor."""
+    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU. All processes take
+    part; without `keep` this one gets None for a sharded tensor."""
     if isinstance(tree, dict):
         return {key: whole(value, keep) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -697,15 +667,6 @@ def whole(tree, keep=True):
         return tree
     tensor = tree.full_tensor()
     return tensor.cpu() if keep else None
-
-
-def placed_as(like, value):
-    """The whole tensor `value` as `like` lies: where that is sharded, this process's part of it."""
-    if hasattr(like, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value
 
 
 def exchange_gradients(model, setup):
@@ -733,20 +694,22 @@ def build_optimizer(model, resumed, setup):
 
 
 def load_moments(optimizer, saved):
-    """Gives the optimizer the moments of the `saved` state; the hyperparameters stay its own. ValueError or another
-    error of look-up if they do not fit."""
+    """Gives the optimizer the moments of the `saved` state; the hyperparameters stay its own. ValueError or LookupError
+    if they do not fit."""
     now = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in now]:
         raise ValueError("its groups hold other parameters")
     params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
     for i, moments in saved["state"].items():
-        state[i] = {}
+        state[i], p = {}, params[i]
         for name, value in moments.items():
-            if value.dim() and value.shape != params[i].shape:
-                shapes = tuple(value.shape), tuple(params[i].shape)
-                raise ValueError(f"{name} of parameter {i} has shape {shapes[0]}, not {shapes[1]}")
-            # `clone`, since the optimizer will write into it and the file is mapped
-            state[i][name] = (placed_as(params[i], value) if value.dim() else value).clone()
+            if value.dim() and value.shape != p.shape:
+                raise ValueError(f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+            if value.dim() and hasattr(p, "device_mesh"):  # sharded: this process's part
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+            state[i][name] = value.clone()  # the optimizer will write into it, and the file is mapped
     optimizer.load_state_dict({"state": state, "param_groups": now})
 
 
@@ -762,9 +725,8 @@ def set_gates(model, settings, is_new):
 
 
 def read_gates(text, config):
-    """Gate values of each layer, as GPT.set_gates takes them, from a number, a list or the folder of a run; UserError.
-
-    Predefined gates are the final ones of another run (GPAS Table 5)."""
+    """Gate values of each layer, as GPT.set_gates takes them, from a number, a list or the folder of a run (GPAS Table
+    5: its final ones); UserError."""
     try:
         values = [float(value) for value in text.split(",")]
     except ValueError:
@@ -782,11 +744,8 @@ def read_gates(text, config):
 
 
 def draw_layers(model, optimizer, step, settings, trained):
-    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks' parameters only those of lisa_layers layers
-    are trained; the embedding and the head, with its norm, always are. A function of the seed and the step.
-
-    `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped, for the memory.
-    """
+    """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks only lisa_layers, drawn from the seed and the
+    step, are trained. `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped."""
     rng = random.Random(f"{settings.seed} {step // settings.lisa_interval}")
     drawn = rng.sample(range(len(model.blocks)), settings.lisa_layers)
     for i, block in enumerate(model.blocks):
@@ -801,44 +760,34 @@ def draw_layers(model, optimizer, step, settings, trained):
 
 
 class Times:
-    """Seconds spent on each kind of work: `with times("steps"): ...`."""
+    """Seconds of the steps since the last line of the log, and of the evaluations, with the checkpoint after each."""
 
-    def __init__(self):
-        self.started, self.spent, self.count = time.monotonic(), Counter(), Counter()
-        self.before = 0, 0.0  # steps and their seconds at the last line of the log
+    def __init__(self, settings):
+        self.settings, self.started = settings, time.monotonic()
+        self.steps, self.evaluations = deque(maxlen=settings.log_interval), []
 
-    @contextmanager
-    def __call__(self, name):
-        begin = time.monotonic()
-        yield
-        self.spent[name] += time.monotonic() - begin
-        self.count[name] += 1
+    def passed(self):
+        return time.monotonic() - self.started
 
-    def step_seconds(self):
-        """Seconds of a step, the mean since the last call."""
-        (n, seconds), self.before = self.before, (self.count["steps"], self.spent["steps"])
-        return (self.spent["steps"] - seconds) / (self.count["steps"] - n)
-
-    def left(self, n_steps, step_seconds, settings):
-        """Seconds that so many steps will take, with their evaluations and checkpoints."""
-        evaluation = (self.spent["evaluation"] + self.spent["checkpoints"]) / max(1, self.count["evaluation"])
-        return n_steps * (step_seconds + evaluation / settings.eval_interval)
-
-    def __str__(self):
-        total = time.monotonic() - self.started
-        spent = {**self.spent, "the rest": total - self.spent.total()}
-        shares = ", ".join(f"{name} {seconds / max(total, 1e-9):.1%}" for name, seconds in spent.items())
-        return f"{clock(total)} ({shares})"
+    def left(self, step):
+        """Seconds from a step to the end, with evaluations."""
+        evaluation = sum(self.evaluations) / max(1, len(self.evaluations))
+        return (self.settings.max_iters - step) * (fmean(self.steps) + evaluation / self.settings.eval_interval)
 
 
-def print_first_step(step, times, setup):
-    """How long the first step took if it held the compilation, else how long all of them will take."""
-    seconds = times.spent["steps"]
+@contextmanager
+def timed(seconds):
+    """Adds the seconds that its body takes to a list."""
+    begin = time.monotonic()
+    yield
+    seconds.append(time.monotonic() - begin)
+
+
+def print_first_step(times, setup, step):
     if setup.use_compile:
-        print(f"the first step took {clock(seconds)}, with compilation")
+        print(f"the first step took {clock(times.steps[0])}, with compilation")
     else:
-        left = times.left(setup.settings.max_iters - step, seconds, setup.settings)
-        print(f"about {clock(time.monotonic() - times.started + left)} in all")
+        print(f"about {clock(times.passed() + times.left(step))} in all")
 
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
@@ -846,21 +795,19 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 
 
 def print_step(record, model, times, setup):
-    """Prints the line of a step from its record for the log. What the record has besides: the speed since the last line
-    (tokens per second, and the share of the device's peak that this is where that is known), and {name_loss: number} of
-    what training adds to the cross-entropy, of this process's last micro-batch."""
-    settings, step, seconds = setup.settings, record["step"], times.step_seconds()
-    rate = settings.tokens_per_step / max(seconds, 1e-9)
+    """Prints the line of a step from its record for the log. What the log has besides: the speed since the last line,
+    and what training adds to the cross-entropy, of this process's last micro-batch."""
+    settings, step = setup.settings, record["step"]
+    rate = settings.tokens_per_step / max(fmean(times.steps), 1e-9)
     more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
     name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
     peak = settings.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
     if peak:
         more["mfu"] = model.mfu(rate, 1e12 * peak * setup.processes.size)
         reached = f"MFU {more['mfu']:.1%}"
-    left = times.left(settings.max_iters - step, seconds, settings)
     print(
         f"step {step:5d}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, gradient norm {record['grad_norm']:.3f}, "
-        f"{rate:,.0f} tokens/s, {reached}, {clock(left)} left"
+        f"{rate:,.0f} tokens/s, {reached}, {clock(times.left(step))} left"
     )
     return more | {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
 
@@ -967,23 +914,23 @@ def write_sample(model, tokenizer, prompt, setup):
 
 
 class RunFolder:
-    """settings.out_dir. The log of a new run is log.partial until its first checkpoint is saved, so that until then
-    what was there is whole. The process of rank 0 writes."""
+    """settings.out_dir, in which the process of rank 0 writes. What was there stays as it is until the first evaluation
+    of a new run; then the log that was there becomes log_previous.jsonl."""
 
     def __init__(self, resumed, changes, setup):
-        """Opens the log: that of a run that is `resumed`, a checkpoint, is kept up to it, with a line of `changes`."""
-        self.setup, self.path, self.log_file, self.loggers = setup, Path(setup.settings.out_dir), None, []
+        """The log of a run that is `resumed`, a checkpoint, is kept up to it, with a line of `changes`."""
+        self.setup, self.path, self.loggers = setup, Path(setup.settings.out_dir), []
+        self.is_main, self.log_path = setup.processes.rank == 0, self.path / "log.jsonl"
         self.saved_step = resumed["step"] if resumed else None
-        if setup.processes.sum(self.saved_step or 0)[0] != (self.saved_step or 0) * setup.processes.size:
+        step = self.saved_step or 0
+        if setup.processes.sum(step)[0] != step * setup.processes.size:
             raise UserError(f"the processes see different checkpoints: {self.path} must be one folder for all of them")
-        if setup.processes.rank == 0:
+        if self.is_main:
             self.loggers = open_loggers(setup.settings)
-            self.log_path, self.partial_log = self.path / "log.jsonl", self.path / "log.partial"
-            kept = [r for r in (read_log(self.log_path) if resumed else []) if r["step"] <= self.saved_step]
-            self.partial_log.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            self.log_file = open(self.partial_log, "a", buffering=1)
-            if resumed:
-                self.partial_log.replace(self.log_path)
+        if self.is_main and resumed:
+            kept = [record for record in read_log(self.log_path) if record["step"] <= self.saved_step]
+            text = "".join(json.dumps(record) + "\n" for record in kept)
+            save_whole(self.log_path, lambda file: file.write(text.encode()))
         if resumed and changes:
             for name, (before, now) in changes.items():
                 print(f"{name}: {before} before, {now} now")
@@ -991,17 +938,20 @@ class RunFolder:
 
     def log(self, record):
         """Adds a line, a dict with `step`."""
-        if self.log_file:
-            self.log_file.write(json.dumps(record) + "\n")
+        if self.is_main:
+            if self.saved_step is None and self.log_path.exists():  # the first line of a new run
+                self.log_path.replace(self.path / "log_previous.jsonl")
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
         for logger in self.loggers:
             logger(record["step"], flat(record))
 
     def save(self, model, optimizer, data, step, **more):
         """Writes ckpt.pt, with `more` fields; all processes take part."""
-        is_main, settings = self.setup.processes.rank == 0, self.setup.settings
+        settings = self.setup.settings
         state = {
-            "model": whole(model.state_dict(), keep=is_main),
-            "optimizer": whole(optimizer.state_dict(), keep=is_main),
+            "model": whole(model.state_dict(), keep=self.is_main),
+            "optimizer": whole(optimizer.state_dict(), keep=self.is_main),
             "config": asdict(data.config),
             "step": step,
             "settings": asdict(settings),
@@ -1009,11 +959,7 @@ class RunFolder:
             "shards": {path.name: size for path, size in data.sizes.items()},
             **more,
         }
-        if is_main:
-            if self.partial_log.exists():
-                if self.log_path.exists():
-                    self.log_path.replace(self.path / "log_previous.jsonl")
-                self.partial_log.replace(self.log_path)
+        if self.is_main:
             save_checkpoint(self.path / "ckpt.pt", state)
             if is_kept(step, settings):
                 give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
@@ -1024,11 +970,12 @@ class RunFolder:
         the batches."""
         where = self.setup.processes.first(first_non_finite(model, batches, self.setup.autocast))
         where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
-        self.log({"step": step, "diverged": f"{what}; {where}"})
-        safe = f"{self.path}/ckpt.pt is from step {self.saved_step}"
         if self.saved_step is None:
             has_run = (self.path / "ckpt.pt").exists()
             safe = "nothing was saved yet" + ", the run that was there is untouched" * has_run
+        else:
+            safe = f"{self.path}/ckpt.pt is from step {self.saved_step}"
+            self.log({"step": step, "diverged": f"{what}; {where}"})
         raise UserError(f"{what}; {where}; {safe}, a lower learning_rate may help")
 
 
@@ -1037,8 +984,7 @@ def check_out_dir(settings):
     out_dir = Path(settings.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir {out_dir} is a file; it must be a folder")
-    has_run = any(f.exists() and f.stat().st_size for f in (out_dir / "ckpt.pt", out_dir / "log.jsonl"))
-    if has_run and not settings.overwrite:
+    if any(out_dir.glob("ckpt*.pt")) and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
     if any(out_dir.glob("*/ckpt.pt")):
         raise UserError(f"{out_dir} holds the runs of a sweep: name another folder with --out_dir")
@@ -1186,23 +1132,14 @@ class Processes:
     """The processes of the job: this one alone, or those that torchrun started."""
 
     rank: int = 0  # the one of rank 0 speaks and writes
-    local_rank: int = 0  # among those of this machine: the number of its GPU
     size: int = 1
-    store: dist.Store | None = None  # what they share before they are connected
-    device: torch.device = torch.device("cpu")
-
-    def connect(self, device):
-        """From here on they exchange tensors: by nccl between GPUs, by gloo between CPUs."""
-        self.device, is_cuda = device, device.type == "cuda"
-        if self.size > 1:
-            job = {"store": self.store, "rank": self.rank, "world_size": self.size}
-            dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None, **job)
+    store: dist.Store | None = None  # what they share besides tensors
 
     def sum(self, *values):
         """The sum over the processes of each of some numbers, in float64."""
         if self.size == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -1218,22 +1155,22 @@ class Processes:
         self.sum(0)
 
 
-def find_processes():
-    """Processes, as the environment that torchrun sets describes them. Only rank 0 prints."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Processes()
-    store, rank, size = next(iter(dist.rendezvous("env://")))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-        warnings.simplefilter("ignore")
-    return Processes(rank, int(os.environ["LOCAL_RANK"]), size, store)
-
-
 @contextmanager
-def errors_told_once(processes):
-    """Under torchrun the process that fails first says why; the others, which fail for want of it, end silently."""
+def connected_processes():
+    """The Processes, as the environment that torchrun sets describes them, connected by gloo and, on GPUs, nccl.
+
+    Only rank 0 prints. The process that fails first says why; the others, which fail for want of it, end silently.
+    """
+    processes = Processes()
     try:
-        yield
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            store, rank, size = next(iter(dist.rendezvous("env://")))
+            processes = Processes(rank, size, store)
+            if rank:
+                sys.stdout = open(os.devnull, "w")
+                warnings.simplefilter("ignore")
+            dist.init_process_group(store=store, rank=rank, world_size=size)
+        yield processes
     except BaseException as error:
         # What DDP made must be gone before the connection is: in the other order the last reference to the connection
         # goes with it, and waits for a thread that waits for Python.
@@ -1260,24 +1197,24 @@ def errors_told_once(processes):
 def plan(settings):
     """What a run would be, as text: the model's size, its tokens, steps and FLOPs, and the memory of each GPU, from a
     model on the meta device. Only epochs need the data, to count them."""
-    check_sharing(settings, settings.gpus, "GPUs")
     if settings.max_iters is None:
         data = TokenData(find_data(settings, Processes()), "train", settings.block_size, 2**31, rows=settings.rows)
         settings.max_iters = count_steps(settings, len(data))
     with torch.device("meta"):
         model = GPT(settings.architecture(settings.vocab_size or prepare_data.byte_encoding().n_vocab))
     count, G, tokens = model.count_params(), 1e9, settings.tokens_per_step * settings.max_iters
-    one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
+    tied = count["non_embedding"] + model.lm_head.weight.numel()
     # The weight, its gradient and AdamW's two moments, in float32 unless weights are bfloat16.
     state = (8 if settings.dtype == "bfloat16_pure" else 16) * count["total"] / (settings.gpus if settings.shard else 1)
     flops, activations = model.flops_per_token(), activation_bytes(model, settings)
     return (
         f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters\n"
-        f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, {count['non_embedding']:,} with none\n"
+        f"  {count['active']:,} active, {tied:,} with one vocabulary matrix, {count['non_embedding']:,} with none\n"
         f"  {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens: {tokens / G:.3g}G tokens\n"
         f"  {flops / G:.3g} GFLOP a token, {flops * tokens:.3g} FLOP in all\n"
-        f"  on each of {settings.gpus} GPUs: {settings.tokens_per_step // settings.gpus:,} tokens a step, and in memory "
-        f"{state / G:.3g} GB of weights, gradients and moments ({'sharded' if settings.shard else 'whole'}) + "
+        f"  on each of {settings.gpus} GPUs: {settings.tokens_per_step // settings.gpus:,} tokens a step, "
+        f"and in memory {state / G:.3g} GB of weights, gradients and moments "
+        f"({'sharded' if settings.shard else 'whole'}) + "
         f"{activations / G:.3g} GB of activations ({settings.batch_size} sequences, "
         f"{'blocks recomputed' if settings.recompute else 'all kept'})"
     )
@@ -1331,21 +1268,16 @@ class Trial:
     folder: Path
     given: dict  # settings, as train.py takes them
     settings: Settings
-    flops: float  # of a step, which tell the time that it takes
     step: int = 0
     loss: float | None = None  # the last on the held-out set
     outcome: str = ""  # "finished", "diverged: why" or "failed: why"; empty as long as it is not trained
-    started: float = 0.0  # time.time() at the start of its process
 
-    def read_log(self):
-        """Notes what it has logged, since its process started if there is one: step, loss, and that it diverged."""
-        log = self.folder / "log.partial"  # of a new run until its first checkpoint
-        try:
-            log = log if log.exists() else self.folder / "log.jsonl"
-            records = read_log(log) if os.path.getmtime(log) >= self.started else []
-        except (FileNotFoundError, UserError):  # none yet, renamed just now, or damaged: then the run itself says so
+    def read_log(self, since=0.0):
+        """Notes step, loss and that it diverged from its log, if this was written since then (time.time())."""
+        log = self.folder / "log.jsonl"
+        if not log.exists() or os.path.getmtime(log) < since:
             return
-        for record in records:
+        for record in read_log(log):
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)
             if "diverged" in record:
                 self.outcome = f"diverged: {record['diverged']}"
@@ -1406,7 +1338,7 @@ def sweep(given, processes, stop):
 
 def build_trial(name, folder, given):
     """The Trial of a combination as its folder holds it. UserError for what would end its run at the start, and if the
-    run that is there has other settings or is being trained."""
+    run that is there began with other settings or is being trained."""
     base_config, base = settings_of_run(given)  # of the run that is fine-tuned
     settings = build_settings(Settings, {**base_config, **given})
     if settings.shard:
@@ -1417,27 +1349,21 @@ def build_trial(name, folder, given):
     with torch.device("meta"):
         model = build_model(open_data(base, setup).config, None, setup)
     set_gates(model, settings, is_new=True)
-    trial = Trial(name, folder, given, settings, model.flops_per_token() * settings.tokens_per_step)
-    if settings.overwrite or not folder.is_dir():
+    trial = Trial(name, folder, given, settings)
+    has_run = any((folder / name).exists() for name in ("ckpt.pt", "ckpt_previous.pt"))
+    if settings.overwrite or not has_run:
         return trial
 
     with prepare_data.locked(folder, f"training in {folder}"):
-        if not any((folder / name).exists() for name in ("ckpt.pt", "ckpt_previous.pt")):
-            return trial  # a run that ended before its first checkpoint begins anew
-        trial.read_log()
-        checkpoint = open_checkpoint(folder)
-    of_run = dict(checkpoint["settings"])
-    if (folder / "settings.py").exists():  # what the run began with; its checkpoint says how it was continued
-        began_with = read_config_file(Settings, str(folder / "settings.py"))
-        of_run |= {name: began_with.get(name, getattr(Settings, name)) for name in ("init_from", "dtype")}
-    for field in fields(Settings):
-        before, now = of_run.get(field.name, field.default), getattr(settings, field.name)
-        has_effect = field.name != "eval_iters" or settings.last_eval_iters is None
-        if before != now and has_effect and field.name not in MAY_DIFFER:
-            raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
-    if not trial.outcome:
+        checkpoint, began_with = open_checkpoint(folder), read_config_file(Settings, str(folder / "settings.py"))
+        earlier = build_settings(Settings, {**base_config, **began_with})
+        for field in fields(Settings):
+            before, now = getattr(earlier, field.name), getattr(settings, field.name)
+            if before != now and field.name not in MAY_DIFFER:
+                raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
         trial.step, trial.loss = checkpoint["step"], checkpoint["val_loss"]
         trial.outcome = "finished" if trial.step >= settings.max_iters else ""
+        trial.read_log()  # which may say that it diverged
     return trial
 
 
@@ -1448,52 +1374,35 @@ def takes_any_gpu(settings):
 
 def train_trials(trials, folder, stop):
     """Trains the runs without an outcome, as many at a time as there are GPUs or cores, and gives them one."""
-    waiting, places = [trial for trial in trials if not trial.outcome], queue.SimpleQueue()
-    names = [""] * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    waiting = [trial for trial in trials if not trial.outcome]
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    places = [{"OMP_NUM_THREADS": "1"}] * n_cores  # environment variables that give a run its core or GPU
     if waiting and all(takes_any_gpu(trial.settings) for trial in waiting):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    n_places = trials[0].settings.jobs or len(names)
-    for i in range(n_places):
-        places.put(names[i % len(names)])
-    begin, share_before = time.monotonic(), share_done(trials)
-    with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_places) as pool:
-        running = {pool.submit(run_trial, trial, places, stop) for trial in waiting}
-        while running:
-            ended, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
-            for future in ended:
-                future.result()
-            if ended or sys.stderr.isatty():
-                text = progress_line(trials, time.monotonic() - begin, share_before)
-                end = "\r" if running and sys.stderr.isatty() else "\n"
-                print(text, end=end, file=sys.stderr, flush=True)
+        numbers = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        places = [{"CUDA_VISIBLE_DEVICES": number} for number in numbers.split(",")]
+    n_jobs = trials[0].settings.jobs or len(places)
+    free = [places[i % len(places)] for i in range(n_jobs)]
+    if waiting:
+        print(f"{len(waiting)} runs, {n_jobs} at a time; see train.log in their folders", file=sys.stderr)
+    with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_jobs) as pool:
+        for future in progress([pool.submit(train_trial, trial, free, stop) for trial in waiting], "runs"):
+            future.result()
 
 
-def run_trial(trial, places, stop):
-    """Trains a run at a free place, the number of a GPU or "" for a core; prints why it failed or diverged."""
-    place = places.get()
-    try:
-        if not stop.number:
-            trial.outcome = run_process(trial, place, stop)
-    except OSError as error:
-        trial.outcome = f"failed: {error.filename}: {error.strerror}"
-    places.put(place)
-    if trial.outcome not in ("", "finished"):
-        print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
-
-
-def run_process(trial, place, stop):
-    """The outcome of the run's process; "" if the sweep is stopped, which asks it to save and end. It has a session of
-    its own, so that Ctrl-C in the terminal reaches the sweep alone."""
+def train_trial(trial, free, stop):
+    """Trains a run in a process of its own, at a free place, and notes its outcome. If the sweep is stopped, the run is
+    asked to save and end, and has none. Its session is its own, so that Ctrl-C in the terminal reaches the sweep alone.
+    """
+    if stop.number:
+        return
     is_resumed = (trial.folder / "ckpt.pt").exists() and not trial.settings.overwrite
     trial.folder.mkdir(parents=True, exist_ok=True)
     config, log = trial.folder / "settings.py", trial.folder / "train.log"
     given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
     config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
     command = [sys.executable, __file__, config, "--init_from=resume" if is_resumed else "--overwrite"]
-    environment = {**os.environ, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": place} if place else {"OMP_NUM_THREADS": "1"}
-    trial.started = time.time()
+    place, started = free.pop(0), time.time()
+    environment = {**os.environ, **place, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     with open(log, "ab") as file:
         streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
@@ -1501,34 +1410,16 @@ def run_process(trial, place, stop):
         time.sleep(0.1)
     process.terminate()  # does nothing if it has ended
     code = process.wait()
-    trial.read_log()
+    free.append(place)
+    trial.read_log(started)
     if code == 0:
-        return "finished"
-    if trial.outcome or (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
-        return trial.outcome
-    if code < 0:
-        return f"failed: killed by {signal.Signals(-code).name}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
-    return f"failed: {lines[-1].removeprefix('error: ')}"
-
-
-def share_done(trials):
-    """The share of the sweep's FLOPs that are spent; a run that has ended counts as whole."""
-    steps = [trial.settings.max_iters if trial.outcome else trial.step for trial in trials]
-    total = sum(trial.flops * trial.settings.max_iters for trial in trials)
-    return sum(trial.flops * step for trial, step in zip(trials, steps)) / max(total, 1)
-
-
-def progress_line(trials, seconds, share_before):
-    """How far the runs are, as their logs say, and how long the rest takes, as the last `seconds` went."""
-    for trial in trials:
-        if trial.started and not trial.outcome:
-            trial.read_log()
-    share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)
-    text = f"{n_ended} of {len(trials)} runs have ended, {share:.0%}"
-    if share_before < share < 1:
-        text += f", about {clock(seconds * (1 - share) / (share - share_before))} left"
-    return text.ljust(100)
+        trial.outcome = "finished"
+    elif not trial.outcome and not (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
+        said = log.read_text(errors="replace").strip() or "it said nothing"
+        last_line = said.splitlines()[-1].removeprefix("error: ")
+        trial.outcome = f"failed: killed by {signal.Signals(-code).name}" if code < 0 else f"failed: {last_line}"
+    if trial.outcome:
+        print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
 
 
 def print_table(trials):

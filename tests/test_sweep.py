@@ -1,5 +1,6 @@
 """train.py with lists of values: every combination is trained in a process of its own, whatever happens to some."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -171,7 +172,8 @@ def test_a_mistake_in_one_combination_is_told_before_any_starts(folder, args, me
 
 
 def test_torchrun_is_refused(folder):
-    with mock.patch.object(train, "find_processes", lambda: train.Processes(store=object())):
+    processes = contextlib.nullcontext(train.Processes(store=object()))
+    with mock.patch.object(train, "connected_processes", lambda: processes):
         done = call("tiny.py", "--out_dir=never", "--seed=1,2", cwd=folder)
     assert done.returncode == 2 and "torchrun's processes share one run" in done.stderr
     assert not (folder / "never").exists()
@@ -195,7 +197,7 @@ def test_disk_full_in_one_run(folder):
     (run / "ckpt.pt.partial").symlink_to("/dev/full")
     early = folder / "full" / "seed=2"  # as a run leaves it that diverges before its first checkpoint
     early.mkdir()
-    (early / "log.partial").write_text('{"step": 0, "diverged": "with other settings"}\n')
+    (early / "log.jsonl").write_text('{"step": 0, "diverged": "with other settings"}\n')
     args = "tiny.py", "--max_iters=none", "--epochs=0.001", "--out_dir=full", "--seed=1,2"
     data = prepare_data.TokenData(folder / "data" / "d", "train", 16, 257)
     last = train.count_steps(train.Settings(epochs=0.001, batch_size=2, gradient_accumulation_steps=1), len(data))
