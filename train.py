@@ -35,7 +35,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import prepare_data
 from configurator import COUNT, NATURAL, NOT_NEGATIVE
-from configurator import UserError, build_settings, progress, read_config_file, read_log, read_settings, run, save_whole
+from configurator import UserError, build_settings, read_config_file, read_log, read_settings, run, save_whole
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
@@ -178,6 +178,9 @@ def main():
     with connected_processes() as processes:
         stop = StopRequest(is_main=processes.rank == 0)
         given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
+        for name in ("epochs", "max_tokens"):
+            if given.get(name) is not None and given.get("max_iters") is not None:
+                warnings.warn(f"{name} has no effect, max_iters {given['max_iters']} counts: or give --max_iters=none")
         if is_sweep(given):
             sweep(given, processes, stop)
             return
@@ -1271,11 +1274,12 @@ class Trial:
     step: int = 0
     loss: float | None = None  # the last on the held-out set
     outcome: str = ""  # "finished", "diverged: why" or "failed: why"; empty as long as it is not trained
+    started: float = 0.0  # when its process did (time.time())
 
-    def read_log(self, since=0.0):
-        """Notes step, loss and that it diverged from its log, if this was written since then (time.time())."""
+    def read_log(self):
+        """Notes step, loss and that it diverged from its log, if its process, where it has one, has written there."""
         log = self.folder / "log.jsonl"
-        if not log.exists() or os.path.getmtime(log) < since:
+        if not log.exists() or os.path.getmtime(log) < self.started:
             return
         for record in read_log(log):
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)
@@ -1384,9 +1388,27 @@ def train_trials(trials, folder, stop):
     free = [places[i % len(places)] for i in range(n_jobs)]
     if waiting:
         print(f"{len(waiting)} runs, {n_jobs} at a time; see train.log in their folders", file=sys.stderr)
+    started, before, shown = time.monotonic(), share_done(trials), None
     with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_jobs) as pool:
-        for future in progress([pool.submit(train_trial, trial, free, stop) for trial in waiting], "runs"):
-            future.result()
+        futures = [pool.submit(train_trial, trial, free, stop) for trial in waiting]
+        while wait(futures, timeout=1).not_done:
+            share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)
+            if share > before and (n_ended != shown or sys.stderr.isatty()):
+                left, shown = (time.monotonic() - started) * (1 - share) / (share - before), n_ended
+                text = f"{n_ended} of {len(trials)} runs have ended, {share:.0%} of the steps, about {clock(left)} left"
+                print(text.ljust(100), end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr)
+    for future in futures:
+        future.result()
+
+
+def share_done(trials):
+    """The share of the steps of all runs that are done, as their logs say; a run that has ended counts as whole."""
+    done = 0
+    for trial in trials:
+        if trial.started and not trial.outcome:
+            trial.read_log()
+        done += trial.settings.max_iters if trial.outcome else trial.step
+    return done / max(1, sum(trial.settings.max_iters for trial in trials))
 
 
 def train_trial(trial, free, stop):
@@ -1395,29 +1417,33 @@ def train_trial(trial, free, stop):
     """
     if stop.number:
         return
-    is_resumed = (trial.folder / "ckpt.pt").exists() and not trial.settings.overwrite
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    config, log = trial.folder / "settings.py", trial.folder / "train.log"
-    given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
-    config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
-    command = [sys.executable, __file__, config, "--init_from=resume" if is_resumed else "--overwrite"]
-    place, started = free.pop(0), time.time()
-    environment = {**os.environ, **place, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    with open(log, "ab") as file:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-    while process.poll() is None and not stop.number:
-        time.sleep(0.1)
-    process.terminate()  # does nothing if it has ended
-    code = process.wait()
+    place = free.pop(0)
+    try:
+        is_resumed = (trial.folder / "ckpt.pt").exists() and not trial.settings.overwrite
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        config, log = trial.folder / "settings.py", trial.folder / "train.log"
+        given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
+        config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
+        command = [sys.executable, __file__, config, "--init_from=resume" if is_resumed else "--overwrite"]
+        environment = {**os.environ, **place, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        trial.started = time.time()
+        with open(log, "ab") as file:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        while process.poll() is None and not stop.number:
+            time.sleep(0.1)
+        process.terminate()  # does nothing if it has ended
+        code = process.wait()
+        trial.read_log()
+        if code == 0:
+            trial.outcome = "finished"
+        elif not trial.outcome and not (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
+            said = log.read_text(errors="replace").strip() or "it said nothing"
+            last_line = said.splitlines()[-1].removeprefix("error: ")
+            trial.outcome = f"failed: killed by {signal.Signals(-code).name}" if code < 0 else f"failed: {last_line}"
+    except OSError as error:
+        trial.outcome = f"failed: {error.filename}: {error.strerror}"
     free.append(place)
-    trial.read_log(started)
-    if code == 0:
-        trial.outcome = "finished"
-    elif not trial.outcome and not (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
-        said = log.read_text(errors="replace").strip() or "it said nothing"
-        last_line = said.splitlines()[-1].removeprefix("error: ")
-        trial.outcome = f"failed: killed by {signal.Signals(-code).name}" if code < 0 else f"failed: {last_line}"
     if trial.outcome:
         print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
 

@@ -889,6 +889,13 @@ def test_a_failing_start_leaves_the_run_that_was_there(folder, tmp_path):
     assert read_log(run / "log.jsonl")[-1]["step"] == 8
 
 
+def test_a_length_that_does_not_count_is_told(folder):
+    done = call(*SMALL, "--max_iters=3", "--max_tokens=9999", "--dry_run", cwd=folder)
+    assert done.returncode == 0 and "3 steps" in done.stdout
+    assert "max_tokens has no effect, max_iters 3 counts: or give --max_iters=none" in done.stderr
+    assert call(*SMALL, "--max_iters=none", "--max_tokens=9999", "--dry_run", cwd=folder).stderr == ""
+
+
 def test_gates_are_set_where_a_run_begins(folder):
     for args in (["--init_from=resume"], ["--eval_only"], ["--sample=a"]):
         done = call(*args, "--norm=gpas_pre", "--gates=0.7", cwd=folder)
