@@ -33,7 +33,7 @@ MEASURES that says what of the result is shown. To add one, write for example th
 
 and this row into the table. `--metrics=update` then puts it into the tables, analysis.json and importance.png:
 
-    "update": Measure("size of each layer's update", RelativeUpdate, "importance", {"update": lambda r: r}),
+    "update": Measure("size of each layer's update", RelativeUpdate, "importance", lambda r: {"update": r}),
 
 Layers are l = 1..L; x_l (B, T, n_embd) is the residual state that layer l gets, x_1 the embedding's output (normalized,
 where the model does so), x_{L+1} the last layer's output, before the final norm. Tensors with a layer dimension hold
@@ -843,109 +843,108 @@ def read_questions(path):
 
 @dataclass
 class Measure:
-    """One row of the table. `columns` and `totals` are {title: a key of the result, or a function of it}; what a result
-    lacks is not shown. A column has L values, L + 1 with the embedding's output first, or one for each of the result's
-    "layers"; it is a column of a table and a panel of a figure. A total is a number or a text of the run as a whole; of
-    a tensor the mean is shown."""
+    """One row of the table. `columns` and `totals` are functions of the result that give {title: values}; None is not
+    shown. A column has L values, L + 1 with the embedding's output first, or one for each of the result's "layers"; it
+    is a column of a table and a panel of a figure. A total is a number or a text of the run as a whole; of a tensor the
+    mean is shown."""
 
     what: str  # for --help
     compute: Callable  # a class, for the shared pass; or a function (model, batches) that makes passes of its own
     group: str  # columns of one group share a table and the figure <group>.png
-    columns: dict[str, str | Callable] = field(default_factory=dict)
-    totals: dict[str, str | Callable] = field(default_factory=dict)
+    columns: Callable
+    totals: Callable = lambda result: {}
     matrix: tuple | None = None  # (title, rows, columns, function of the result): a heat map a run, <name>_map.png
-
-
-def item(key, i):
-    """A function of a measure's result that gives the i-th of result[key]."""
-    return lambda result: result[key][i]
 
 
 # fmt: off
 MEASURES = {
     "removal": Measure(
         "loss without each layer, causal scores", Removal, "importance",
-        {"loss drop, nats": "loss_drop", "perplexity drop": "perplexity_drop",
-         "causal effect": lambda r: r["causal"].nanmean(1)},
-        {"loss": "loss", "perplexity": "perplexity", "causal score": "causal_score",
-         "causal / sqrt(L)": "causal_score_normalized"},
+        lambda r: {"loss drop, nats": r["loss_drop"], "perplexity drop": r["perplexity_drop"],
+                   "causal effect": r["causal"].nanmean(1)},
+        lambda r: {"loss": r["loss"], "perplexity": r["perplexity"], "causal score": r["causal_score"],
+                   "causal / sqrt(L)": r["causal_score_normalized"]},
         ("causal effect C(s, l)", "skipped layer s", "later layer l", lambda r: r["causal"])),
 
     "permutation": Measure(
         "loss with each pair of layers swapped", Permutation, "importance",
-        {"mean swap": lambda r: r["matrix"].sum(1) / max(1, len(r["matrix"]) - 1)},
-        {"permutation score": "score"},
+        lambda r: {"mean swap": r["matrix"].sum(1) / max(1, len(r["matrix"]) - 1)},
+        lambda r: {"permutation score": r["score"]},
         ("|change of the loss by a swap| / loss", "layer", "layer", lambda r: r["matrix"])),
 
     "usefulness": Measure(
         "loss with each layer replaced by an affine map", Usefulness, "importance",
-        {"affine loss ratio": "ratio"},
-        {"usefulness score": "score", "effective/wasted": lambda r: f"{r['effective']}/{r['wasted']}"}),
+        lambda r: {"affine loss ratio": r["ratio"]},
+        lambda r: {"usefulness score": r["score"], "effective/wasted": f"{r['effective']}/{r['wasted']}"}),
 
     "angular": Measure(
         "angular distance between residual states", AngularDistance, "importance",
-        {"angle to next": lambda r: r[:, 0]},
-        {"mean angle to next": lambda r: r[:, 0]},
+        lambda r: {"angle to next": r[:, 0]},
+        lambda r: {"mean angle to next": r[:, 0]},
         ("angular distance d(l, n), in units of pi", "n layers on", "layer l", lambda r: r.mT)),
 
     "choices": Measure(
         "multiple-choice accuracy, and without each layer", multiple_choice, "importance",
-        {"accuracy drop": "score_drop"},
-        {"accuracy": "accuracy", "accuracy, undivided": "acc"}),
+        lambda r: {"accuracy drop": r["score_drop"]},
+        lambda r: {"accuracy": r["accuracy"], "accuracy, undivided": r["acc"]}),
 
     "stream": Measure(
         "variance, magnitude, kurtosis and largest values of the residual states", Stream, "stream",
-        {"variance": "variance", "mean |x|": "magnitude", "largest |x|": "largest", "kurtosis": "kurtosis",
-         "attention variance": "attn_variance", "MLP variance": "mlp_variance"},
-        {"last variance": item("variance", -1), "largest |x|": item("top", 0),
-         "|x| > 65504": lambda r: int(r["over_float16"].sum())}),
+        lambda r: {"variance": r["variance"], "mean |x|": r["magnitude"], "largest |x|": r["largest"],
+                   "kurtosis": r["kurtosis"], "attention variance": r["attn_variance"],
+                   "MLP variance": r["mlp_variance"]},
+        lambda r: {"last variance": r["variance"][-1], "largest |x|": r["top"][0],
+                   "|x| > 65504": int(r["over_float16"].sum())}),
 
     "gradients": Measure(
         "gradient norm and variance of each layer", gradients, "parameters",
-        {"gradient norm": "norm", "gradient variance": "variance"},
-        {"last layer's gradient": item("norm", -1)}),
+        lambda r: {"gradient norm": r["norm"], "gradient variance": r["variance"]},
+        lambda r: {"last layer's gradient": r["norm"][-1]}),
 
     "weights": Measure(
         "weight norms and sparsity, gates, output-norm gains", weights, "parameters",
-        {"attention weights": "attn_norm", "MLP weights": "mlp_norm", "gate a": "gates", "1 - act(a)": "gate_scale",
-         "attention out gain": "attn_out_gain", "MLP out gain": "mlp_out_gain",
-         "attention weights / first run's": "attn_norm_ratio", "MLP weights / first run's": "mlp_norm_ratio"},
-        {**{f"matrices |w| < {e:g}": item("sparsity_matrices", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
-         **{f"parameters |w| < {e:g}": item("sparsity_all", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
-         "attention weights / first run's": "attn_norm_ratio", "MLP weights / first run's": "mlp_norm_ratio"}),
+        lambda r: {"attention weights": r["attn_norm"], "MLP weights": r["mlp_norm"],
+                   "gate a": r.get("gates"), "1 - act(a)": r.get("gate_scale"),
+                   "attention out gain": r["attn_out_gain"], "MLP out gain": r["mlp_out_gain"],
+                   "attention weights / first run's": r.get("attn_norm_ratio"),
+                   "MLP weights / first run's": r.get("mlp_norm_ratio")},
+        lambda r: {**by_threshold("matrices |w| < {:g}", WEIGHT_THRESHOLDS, r["sparsity_matrices"]),
+                   **by_threshold("parameters |w| < {:g}", WEIGHT_THRESHOLDS, r["sparsity_all"]),
+                   "attention weights / first run's": r.get("attn_norm_ratio"),
+                   "MLP weights / first run's": r.get("mlp_norm_ratio")}),
 
     "jacobian": Measure(
         "each layer's Jacobian", jacobian, "jacobian",
-        {"|J - I|": "deviation", "|J - I| / d": "deviation_per_d", "off-diagonal": "off_diagonal",
-         "off-diagonal rms": "off_diagonal_rms", "diagonal mean": "diagonal_mean", "diagonal std": "diagonal_std",
-         "spectral norm": "spectral_norm"},
-        {"mean |J - I|": "deviation"}),
+        lambda r: {"|J - I|": r["deviation"], "|J - I| / d": r["deviation_per_d"], "off-diagonal": r["off_diagonal"],
+                   "off-diagonal rms": r["off_diagonal_rms"], "diagonal mean": r["diagonal_mean"],
+                   "diagonal std": r["diagonal_std"], "spectral norm": r["spectral_norm"]},
+        lambda r: {"mean |J - I|": r["deviation"]}),
 
     "end_to_end": Measure(
-        "size of the last state's derivative by the first", end_to_end, "jacobian", {},
-        {"|dx_{L+1} / dx_1|": lambda r: r}),
+        "size of the last state's derivative by the first", end_to_end, "jacobian",
+        lambda r: {},
+        lambda r: {"|dx_{L+1} / dx_1|": r}),
 
     "attention": Measure(
         "sparsity and entropy of the attention, head maps", Attention, "attention",
-        {**{f"share < {e:g}": item("causal_sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-         **{f"< {e:g} of T^2": item("sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-         "entropy, nats": "entropy"},
-        {**{f"attention < {e:g}": item("causal_sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-         **{f"attention < {e:g}, of T^2": item("sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-         "attention entropy": "entropy"}),
+        lambda r: {**by_threshold("share < {:g}", ATTENTION_THRESHOLDS, r["causal_sparsity"]),
+                   **by_threshold("< {:g} of T^2", ATTENTION_THRESHOLDS, r["sparsity"]), "entropy, nats": r["entropy"]},
+        lambda r: {**by_threshold("attention < {:g}", ATTENTION_THRESHOLDS, r["causal_sparsity"]),
+                   **by_threshold("attention < {:g}, of T^2", ATTENTION_THRESHOLDS, r["sparsity"]),
+                   "attention entropy": r["entropy"]}),
 
     "experts": Measure(
         "load, dead experts, router entropy", Experts, "experts",
-        {"dead experts": "dead", "router entropy, nats": "entropy"},
-        {"dead experts": "dead", "router entropy": "entropy"},
+        lambda r: {"dead experts": r["dead"], "router entropy, nats": r["entropy"]},
+        lambda r: {"dead experts": r["dead"], "router entropy": r["entropy"]},
         ("share of the router's choices", "layer with experts", "expert", lambda r: r["load"])),
 }
 # fmt: on
 
 
-def look_up(result, get):
-    """What a row's `get` says of a measure's result: the value under a key, None without; or a function's."""
-    return result.get(get) if isinstance(get, str) else get(result)
+def by_threshold(title, thresholds, values):
+    """{title with the threshold in it: its values}"""
+    return {title.format(e): v for e, v in zip(thresholds, values)}
 
 
 def shown_columns(result):
@@ -953,8 +952,8 @@ def shown_columns(result):
     heads of a layer are averaged."""
     L, groups = result["run"]["n_layer"], {}
     for name, measure in MEASURES.items():
-        for title, get in measure.columns.items() if name in result else ():
-            values = look_up(result[name], get)
+        columns = measure.columns(result[name]) if name in result else {}
+        for title, values in columns.items():
             if values is None or values.isnan().all():
                 continue
             layers = torch.arange(L + 1 - len(values), L + 1)
@@ -970,11 +969,9 @@ def shown_totals(result):
     """{title: number or text} of a run as a whole."""
     totals = {}
     for name, measure in MEASURES.items():
-        for title, get in measure.totals.items() if name in result else ():
-            value = look_up(result[name], get)
-            if value is not None:
-                totals[title] = value.double().mean().item() if torch.is_tensor(value) else value
-    return totals
+        totals |= measure.totals(result[name]) if name in result else {}
+    totals = {title: value for title, value in totals.items() if value is not None}
+    return {k: v.double().mean().item() if torch.is_tensor(v) else v for k, v in totals.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
