@@ -1090,6 +1090,7 @@ def plain(value):
 
 def save_json(path, value):
     save_whole(path, lambda file: file.write(json.dumps(plain(value)).encode() + b"\n"))
+    print(f"wrote {path}")
 
 
 def print_table(head, rows):
@@ -1141,19 +1142,19 @@ def analyze_runs(settings, device):
         if "weights" in result and result is not first and result["run"]["n_layer"] == first["run"]["n_layer"]:
             ratios[name] = {}
             for part in ("attn", "mlp"):  # (L): norms of the weights over those of the first run (GPAS Figure 6)
-                ratio = result["weights"][f"{part}_norm"] / first["weights"][f"{part}_norm"]
-                ratios[name][part] = result["weights"][f"{part}_norm_ratio"] = ratio
+                ratios[name][part] = result["weights"][f"{part}_norm"] / first["weights"][f"{part}_norm"]
+                result["weights"][f"{part}_norm_ratio"] = ratios[name][part]
         print_run(result)
     print_totals(results)
     content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": ratios}
     save_json(folder / "analysis.json", content)
-    print(f"wrote {folder}/analysis.json")
     if settings.figures:
-        print(f"and {', '.join(sum((draw(results, folder) for draw in FIGURES), []))}")
+        for draw in (draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_kurtosis, draw_training):
+            draw(results, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures. `results` is {run: result}; each function draws into `folder` and returns the names of its files
+# Figures. `results` is {run: result}; each function draws into `folder`
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a dash and a marker for readers of grey.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"
@@ -1175,10 +1176,7 @@ def grid(n, n_columns=3, width=3.6, height=2.6):
 
     n_rows, n_columns = math.ceil(n / n_columns), min(n, n_columns)
     fig = Figure(figsize=(width * n_columns, height * n_rows + 0.5), layout="constrained")
-    axes = fig.subplots(n_rows, n_columns, squeeze=False)
-    for axis in axes.flat[n:]:
-        axis.remove()
-    return fig, list(axes.flat[:n])
+    return fig, [fig.add_subplot(n_rows, n_columns, i + 1) for i in range(n)]
 
 
 def label(axis, xlabel, ylabel):
@@ -1197,22 +1195,20 @@ def legend(fig, axes):
 
 
 def save(fig, path, title):
-    """Writes the figure and returns the file's name."""
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=110)
-    return path.name
+    print(f"wrote {path}")
 
 
 def draw_lines(path, title, panels, names=(), n_columns=3, xticks=None):
-    """Writes a figure of lines, a panel for each (xlabel, ylabel, {name: (x, y)}), with one legend; [the file's name],
-    or [] without panels.
+    """Writes a figure of lines, a panel for each (xlabel, ylabel, {name: (x, y)}), with one legend; none without panels.
 
     A third element after x and y is a deviation, drawn as a band around y. A panel is logarithmic where its values are
     positive and span more than a factor of ten. A name has one style in all panels, and in all figures whose `names`
     begin alike. `xticks`: the values of x where they are not layers or steps.
     """
     if not panels:
-        return []
+        return
     fig, axes = grid(len(panels), n_columns, 11 / n_columns, 8 / n_columns)
     styles = line_styles(dict.fromkeys([*names, *(name for _, _, lines in panels for name in lines)]))
     for axis, (xlabel, ylabel, lines) in zip(axes, panels):
@@ -1225,20 +1221,20 @@ def draw_lines(path, title, panels, names=(), n_columns=3, xticks=None):
             for d in deviation:
                 axis.fill_between(x, y - d, y + d, color=styles[name]["color"], alpha=0.2, lw=0)
         label(axis, xlabel, ylabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
         if xticks:
             axis.set_xscale("log" if 0 < 4 * xticks[0] <= xticks[-1] else "linear")
             axis.set_xticks(xticks, map(str, xticks))
             axis.minorticks_off()
     legend(fig, axes)
-    return [save(fig, path, title)]
+    save(fig, path, title)
 
 
 def draw_maps(path, title, maps, xlabel, ylabel, n_columns=3):
-    """Writes a figure of heat maps on one scale, a panel for each (title, matrix); [the file's name], or [] without
-    maps. Rows and columns are numbered from 1."""
+    """Writes a figure of heat maps on one scale, a panel for each (title, matrix), their rows and columns numbered from
+    1; none without maps."""
     if not maps:
-        return []
+        return
     values = torch.cat([matrix.flatten() for _, matrix in maps])
     highest = max(values[values.isfinite()].tolist(), default=1.0)
     fig, axes = grid(len(maps), n_columns, min(3.6, 11 / n_columns), min(3.1, 10 / n_columns))
@@ -1249,10 +1245,9 @@ def draw_maps(path, title, maps, xlabel, ylabel, n_columns=3):
         axis.set_title(name, fontsize=8)
         label(axis, xlabel, ylabel)
         axis.grid(False)
-        for side in (axis.xaxis, axis.yaxis):
-            side.get_major_locator().set_params(integer=True)
+        axis.locator_params(integer=True)
     fig.colorbar(drawn, ax=axes, fraction=0.03)
-    return [save(fig, path, title)]
+    save(fig, path, title)
 
 
 def spread(n, most):
@@ -1267,29 +1262,24 @@ def of_measure(results, name):
 
 def draw_columns(results, folder):
     """For each group of measures a figure of its columns, the runs over each other."""
-    groups = {}  # {group: {title: its panel}}
+    groups = {}  # {group: {title: {run: (layers, values)}}}
     for run_name, result in results.items():
         for group, columns in shown_columns(result).items():
             for title, values in columns.items():
                 layers = values.isfinite().nonzero().flatten()
-                panel = "layer (0: embedding)" if 0 in layers else "layer", title, {}
-                _, _, lines = groups.setdefault(group, {}).setdefault(title, panel)
-                lines[run_name] = layers, values[layers]
-    written = []
-    for group, panels in groups.items():
-        written += draw_lines(folder / f"{group}.png", group, panels.values(), results)
-    return written
+                groups.setdefault(group, {}).setdefault(title, {})[run_name] = layers, values[layers]
+    for group, titles in groups.items():
+        panels = [("layer (0: embedding)", title, lines) for title, lines in titles.items()]
+        draw_lines(folder / f"{group}.png", group, panels, results)
 
 
 def draw_matrices(results, folder):
     """The measures' matrices, a map a run on one scale."""
-    written = []
     for name, measure in MEASURES.items():
         if measure.matrix:
             title, rows, columns, get = measure.matrix
             maps = [(run_name, get(result)) for run_name, result in of_measure(results, name).items()]
-            written += draw_maps(folder / f"{name}_map.png", title, maps, columns, rows)
-    return written
+            draw_maps(folder / f"{name}_map.png", title, maps, columns, rows)
 
 
 def draw_jacobians(results, folder):
@@ -1300,25 +1290,22 @@ def draw_jacobians(results, folder):
         for i in spread(len(r["layers"]), n_columns):
             maps.append((f"{run_name}, layer {r['layers'][i]}", (r["matrices"][i].abs() ** 0.3).clamp(max=1)))
     path, title = folder / "jacobian_maps.png", "Jacobian, |J|^0.3, cut at 1"
-    return draw_maps(path, title, maps, "input dimension", "output dimension", n_columns)
+    draw_maps(path, title, maps, "input dimension", "output dimension", n_columns)
 
 
 def draw_attention(results, folder):
     """A^0.2 of up to four layers by up to four heads, and of head 1 of every layer, two files a run (Sparsity
     Figure 6)."""
-    written = []
     for run_name, r in of_measure(results, "attention").items():
         ending = ".png" if len(results) == 1 else f"_{run_name.replace('/', '_')}.png"
         maps = r["maps"] ** 0.2  # (L, n_head, P, P)
         layers, heads = spread(maps.shape[0], 4), spread(maps.shape[1], 4)
         some = [(f"layer {l + 1}, head {h + 1}", maps[l, h]) for l in layers for h in heads]
         title = f"{run_name}: attention weights A, (mean over sequences)^0.2"
-        path = folder / f"attention_maps{ending}"
-        written += draw_maps(path, title, some, "key position", "query position", len(heads))
-        some = [(f"layer {l}", A) for l, A in enumerate(maps[:, 0], 1)]
+        draw_maps(folder / f"attention_maps{ending}", title, some, "key position", "query position", len(heads))
+        first = [(f"layer {l}", A) for l, A in enumerate(maps[:, 0], 1)]
         title = f"{run_name}: head 1 of every layer, (mean over sequences)^0.2"
-        written += draw_maps(folder / f"first_heads{ending}", title, some, "key", "query", 6)
-    return written
+        draw_maps(folder / f"first_heads{ending}", title, first, "key", "query", 6)
 
 
 def draw_kurtosis(results, folder):
@@ -1329,7 +1316,7 @@ def draw_kurtosis(results, folder):
         for l in spread(len(kurtosis), 5):
             lines[f"after layer {l}" if l else "embedding"] = range(kurtosis.shape[1]), kurtosis[l]
         panels.append(("dimension, sorted", f"{run_name}: kurtosis (3: Gaussian)", lines))
-    return draw_lines(folder / "kurtosis.png", "kurtosis over tokens of each dimension of the stream", panels)
+    draw_lines(folder / "kurtosis.png", "kurtosis over tokens of each dimension of the stream", panels)
 
 
 # What draw_training shows of a run's log, and how its axis names it.
@@ -1371,21 +1358,20 @@ def draw_training(results, folder):
         lines = {}
         for run_name, log in logs.items():
             steps, values = logged(log, key)
+            if not steps:
+                continue
             if values.dim() == 3:  # a gate for each sub-layer
                 values = values.mean(2)
-            if values.dim() == 1 and steps:
+            if values.dim() == 1:
                 lines[run_name] = steps, values
-            elif steps and len(logs) == 1:
+            elif len(logs) == 1:
                 lines |= {f"layer {l}": (steps, column) for l, column in enumerate(values.T, 1)}
-            elif steps:
+            else:
                 lines[run_name] = steps, values.mean(1) if key == "gates" else values[:, -1]
         if lines:
             panels.append(("step", ylabel, lines))
     title = "training" + "; the last layer, the mean of the gates" * (len(logs) > 1)
-    return draw_lines(folder / "dynamics.png", title, panels, results)
-
-
-FIGURES = draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_kurtosis, draw_training
+    draw_lines(folder / "dynamics.png", title, panels, results)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1413,12 +1399,11 @@ def read_sweep(folder, settings, device):
     columns   {title: (L) float64}, totals {title: number}: from the log, and of --metrics if some are asked for
     curves    {title: [(step, value)]} over training
     """
-    runs, given = [], []
+    runs = []
     for run_dir in sorted(path.parent for path in folder.glob("*/ckpt.pt")):
         model, checkpoint = load_run(run_dir, device)
-        log, columns, totals, curves = read_log(run_dir / "log.jsonl"), {}, {}, {}
-        given.append(checkpoint["settings"])
-        state = "finished" if checkpoint["step"] >= given[-1].get("max_iters", 0) else "unfinished"
+        given, log, columns, totals, curves = checkpoint["settings"], read_log(run_dir / "log.jsonl"), {}, {}, {}
+        state = "finished" if checkpoint["step"] >= given.get("max_iters", 0) else "unfinished"
         if any("diverged" in record for record in log):
             state = "diverged"
         steps, variance = logged(log, "variance")  # (steps, L)
@@ -1437,13 +1422,14 @@ def read_sweep(folder, settings, device):
             for group in shown_columns(result).values():
                 columns |= {title: values[1:] for title, values in group.items()}
         entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint["val_loss"]}
-        runs.append(entry | {"columns": columns, "totals": totals, "curves": curves})
+        entry |= {"columns": columns, "totals": totals, "curves": curves}
+        entry["settings"] = {k: str(v) if isinstance(v, (list, dict)) else v for k, v in given.items()}
+        runs.append(entry)
     if not runs:
         raise UserError(f"no run in {folder} has saved a checkpoint yet")
-    given = [{k: str(v) if isinstance(v, (list, dict)) else v for k, v in of_run.items()} for of_run in given]
-    names = differing(given)
-    for entry, of_run in zip(runs, given):
-        entry["settings"] = {name: of_run[name] for name in names}
+    names = differing([entry["settings"] for entry in runs])
+    for entry in runs:
+        entry["settings"] = {name: entry["settings"][name] for name in names}
     return runs
 
 
@@ -1541,18 +1527,18 @@ def mean_line(points):
 def draw_losses(runs, name, folder):
     """Held-out loss against a setting with numbers, a line for each combination of the others: mean, and the standard
     deviation over seeds. The legend says where runs diverged."""
-    lines = {}
+    values, lines = sorted({entry["settings"][name] for entry in runs}), {}
     for key, others in by_group(runs, without=("seed", name)).items():
         line, points = ", ".join(str(value) for _, value in key) or "all", {}
-        for value, group in ((dict(k)[name], g) for k, g in by_group(others).items()):
+        for value in values:
+            group = [entry for entry in others if entry["settings"][name] == value]
             if finished_losses(group):
                 points[value] = finished_losses(group)
             if any(entry["state"] == "diverged" for entry in group):
                 line += f", diverged at {value}"
         lines[line] = mean_line(points)
     path, title = folder / f"loss_by_{name}.svg", f"Held-out loss against {name}, mean and deviation over seeds"
-    values = sorted({entry["settings"][name] for entry in runs})
-    return draw_lines(path, title, [(name, "held-out loss, nats", lines)], (), 2, values)
+    draw_lines(path, title, [(name, "held-out loss, nats", lines)], (), 2, values)
 
 
 def draw_groups(runs, folder):
@@ -1561,7 +1547,6 @@ def draw_groups(runs, folder):
     groups = {}
     for key, group in (best_groups(runs) or by_group(runs)).items():
         groups[", ".join(str(value) if name == "norm" else f"{name}={value}" for name, value in key) or "all"] = group
-    written = []
     for part, xlabel, file in (("columns", "layer", "layers"), ("curves", "step", "training")):
         titles = {}  # {title: {line: {x: values of the seeds}}}
         for line, group in groups.items():
@@ -1570,8 +1555,7 @@ def draw_groups(runs, folder):
                     titles.setdefault(title, {}).setdefault(line, {}).setdefault(x, []).append(y)
         panels = [(xlabel, title, {line: mean_line(p) for line, p in lines.items()}) for title, lines in titles.items()]
         title = f"{file.capitalize()}: mean and deviation over seeds, best learning rate"
-        written += draw_lines(folder / f"{file}.svg", title, panels, groups, 2)
-    return written
+        draw_lines(folder / f"{file}.svg", title, panels, groups, 2)
 
 
 def is_value(text, value):
@@ -1601,14 +1585,13 @@ def analyze_sweep(settings, device):
     text = sweep_tables(runs, baseline[0])
     print(text)
     save_whole(folder / "sweep.md", lambda file: file.write(text.encode()))
+    print(f"wrote {folder}/sweep.md")
     save_json(folder / "sweep.json", runs)
-    written = ["sweep.md", "sweep.json"]
     if settings.figures:
         for name in names:
             if all(type(entry["settings"][name]) in (int, float) for entry in runs):
-                written += draw_losses(runs, name, folder)
-        written += draw_groups(runs, folder)
-    print(f"wrote {folder}/{', '.join(written)}")
+                draw_losses(runs, name, folder)
+        draw_groups(runs, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
