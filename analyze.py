@@ -116,7 +116,8 @@ class Trace:
     each (B, T, n_embd), and what is computed when it is first asked for."""
 
     def __init__(self, model, idx, targets):
-        self.model, self.targets, self.n_tokens = model, targets, idx.numel()
+        self.model, self.targets = model, targets
+        self.n_tokens, self.n_targets = idx.numel(), (targets != -100).sum().item()
         self.states = [model.embed_norm(model.embed_tokens(idx))]
         for block in model.blocks:
             self.states.append(block(self.states[-1]))
@@ -130,10 +131,6 @@ class Trace:
     def loss(self):
         """Sum of the model's loss over the batch's targets."""
         return loss_sum(self.model, self.states[-1], self.targets)
-
-    @functools.cached_property
-    def n_targets(self):
-        return (self.targets != -100).sum().item()
 
 
 def look_inside(block, x):
@@ -169,6 +166,13 @@ def look_inside(block, x):
 
 
 scaled_dot_product_attention = F.scaled_dot_product_attention  # torch's own, also while another stands in for it
+
+
+def apply(blocks, x):
+    """The residual state x (B, T, n_embd) after some blocks in turn."""
+    for block in blocks:
+        x = block(x)
+    return x
 
 
 def loss_sum(model, x, targets):
@@ -256,7 +260,7 @@ class Stream:
         if self.shift is None:  # a guess of the mean, so that the sums of powers do not cancel
             self.shift = [x.double().mean((0, 1)) for x in trace.states]
         for i, x in enumerate(trace.states):
-            self.variance[i] += token_variance(x)
+            self.variance[i] += x.var(-1, correction=0).double().sum()
             size = x.abs()
             self.magnitude[i] += size.mean(-1).double().sum()
             self.over_float16[i] += (size > FLOAT16_MAX).sum()
@@ -270,7 +274,7 @@ class Stream:
                 power[i] += value.sum(0)
         for name, total in self.inside.items():
             for l, layer in enumerate(trace.inside):
-                total[l] += token_variance(layer[name]) if name in layer else math.nan
+                total[l] += layer[name].var(-1, correction=0).double().sum() if name in layer else math.nan
         self.top, order = self.top.topk(min(TOP, len(self.top)))
         self.top_state = self.top_state[order]
         self.n += trace.n_tokens
@@ -291,11 +295,6 @@ class Stream:
             "top": self.top,
             "top_state": self.top_state,
         }
-
-
-def token_variance(x):
-    """Sum over tokens of the variance over the dimensions (1/d) of x (B, T, d)."""
-    return x.var(-1, correction=0).double().sum()
 
 
 class AngularDistance:
@@ -399,7 +398,8 @@ class Experts:
     """
 
     def __init__(self, model):
-        self.layers, self.top_k = layers_with_experts(model), model.config.n_expert_active
+        has_router = [hasattr(getattr(block, "mlp", None), "router") for block in model.blocks]
+        self.layers, self.top_k = [l for l, has in enumerate(has_router, 1) if has], model.config.n_expert_active
         if not self.layers:
             raise UserError("experts: this model has none")
         M, E = len(self.layers), model.config.n_expert
@@ -422,11 +422,6 @@ class Experts:
         }
 
 
-def layers_with_experts(model):
-    """The numbers l of the layers whose MLP has a router."""
-    return [l for l, block in enumerate(model.blocks, 1) if hasattr(getattr(block, "mlp", None), "router")]
-
-
 attention, experts = as_function(Attention), as_function(Experts)
 
 
@@ -442,21 +437,17 @@ def gradients(model, batches):
 
     Peri-LN does not say how it pools a layer: here all of its parameters, gains and gate included, are one vector.
     """
-    layers = [list(block.parameters()) for block in model.blocks]
-    parameters = [p for layer in layers for p in layer]
-    total, n = [torch.zeros_like(p) for p in parameters], 0
+    parameters = [p for block in model.blocks for p in block.parameters()]
+    total, n = 0.0, 0
     with evaluation(model, frozen=False):
         for idx, targets in batches:
-            x = model.embed_norm(model.embed_tokens(idx)).detach()
-            for block in model.blocks:
-                x = block(x)
-            parts = torch.autograd.grad(loss_sum(model, x, targets), parameters, allow_unused=True)
-            for sum_so_far, part in zip(total, parts):
-                if part is not None:  # an expert that no token of the batch chose
-                    sum_so_far += part
+            x = apply(model.blocks, model.embed_norm(model.embed_tokens(idx)).detach())
+            # zeros for an expert that no token of the batch chose
+            parts = torch.autograd.grad(loss_sum(model, x, targets), parameters, materialize_grads=True)
+            total = total + torch.cat([part.flatten() for part in parts])
             n += (targets != -100).sum().item()
-    pieces = iter(total)
-    g = [torch.cat([next(pieces).flatten() for _ in layer]).double() / n for layer in layers]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    g = (total.double() / n).split(sizes)
     return {"norm": torch.stack([v.norm() for v in g]), "variance": torch.stack([v.var(correction=0) for v in g])}
 
 
@@ -475,17 +466,16 @@ def weights(model, batches=None):
     sparsity_matrices            (3)     share of |w| < 1e-1, 1e-2, 1e-4 over all matrices, embedding and head included
     sparsity_all                 (3)     the same over all parameters (Sparsity Eq. 14)
     """
-    result = {}
+    result, blocks = {}, model.blocks
     for name in ("attn", "mlp"):
-        modules = [getattr(block, name) for block in model.blocks]
+        modules = [getattr(block, name) for block in blocks]
         norms = [torch.stack([p.double().norm() for p in m.parameters() if p.dim() >= 2]).norm() for m in modules]
+        gains = [getattr(getattr(block, f"{name}_residual").out_norm, "weight", None) for block in blocks]
         result[f"{name}_norm"] = torch.stack(norms)
-    if model.gates():
-        scales = [gate_scale(block.gate, block.gpas_act) for block in model.blocks]
-        result.update(gates=torch.stack(model.gates()).detach().clone(), gate_scale=torch.stack(scales))
-    for name in ("attn", "mlp"):
-        gains = [getattr(getattr(block, f"{name}_residual").out_norm, "weight", None) for block in model.blocks]
         result[f"{name}_out_gain"] = torch.tensor([math.nan if g is None else g.double().mean().item() for g in gains])
+    if model.gates():
+        result["gates"] = torch.stack(model.gates())
+        result["gate_scale"] = torch.stack([gate_scale(block.gate, block.gpas_act) for block in blocks])
     for kind, least in (("matrices", 2), ("all", 0)):
         chosen = [p for p in model.parameters() if p.dim() >= least]
         count = [sum((p.abs() < e).sum().item() for p in chosen) for e in WEIGHT_THRESHOLDS]
@@ -498,13 +488,6 @@ def weights(model, batches=None):
 #
 # The layers before a changed one give what they gave: everything here starts from the states of the unchanged model.
 # Blocks are moved and left out whole, with their own constants (the s of LNS, the kind of Mix-LN's layer).
-
-
-def apply(blocks, x):
-    """The residual state x (B, T, n_embd) after some blocks in turn."""
-    for block in blocks:
-        x = block(x)
-    return x
 
 
 class Removal:
@@ -687,10 +670,9 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
             for l, block in enumerate(model.blocks[: max(layers)], 1):
                 x = x.detach().requires_grad_(l in layers)
                 y = block(x)
-                for first in range(0, d, rows) if l in layers else ():
-                    some = torch.arange(first, min(first + rows, d), device=x.device)
+                for some in torch.arange(d, device=x.device).split(rows) if l in layers else ():
                     e = F.one_hot(some, d).to(y.dtype)[:, None, None].expand(-1, *y.shape)  # row i: e_i at each t'
-                    grad = torch.autograd.grad(y, x, e, is_grads_batched=True, retain_graph=some[-1] < d - 1)[0]
+                    grad = torch.autograd.grad(y, x, e, is_grads_batched=True, retain_graph=True)[0]
                     J[layers.index(l), some] += grad.sum((1, 2)).double()
                 x = y
             n += idx.numel()
@@ -734,9 +716,7 @@ def end_to_end(model, batches, n_iter=20):
     with evaluation(model), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         for sequence in (row for idx, _ in batches for row in idx.split(1)):
             x = model.embed_norm(model.embed_tokens(sequence)).detach().requires_grad_()
-            y = x
-            for block in model.blocks:
-                y = block(y)
+            y = apply(model.blocks, x)
             u = torch.zeros_like(y).requires_grad_()
             backward = torch.autograd.grad(y, x, u, create_graph=True)[0]
             v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -766,7 +746,8 @@ def multiple_choice(model, questions, encoding, batch_size=16):
     tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut of the
     left end where they exceed the block size. An empty prompt is the start of a document.
     """
-    rows, block_size, questions = [], model.config.block_size, [unpack(question) for question in questions]
+    questions = [unpack(question) for question in questions]
+    rows, block_size = [], model.config.block_size
     for prompts, choices, _ in questions:
         for prompt, choice in zip(prompts, choices):
             before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
@@ -789,15 +770,14 @@ def multiple_choice(model, questions, encoding, batch_size=16):
             ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
             logits = (model.lm_head(model.norm(h)).float().transpose(1, 2) for h in ends)
             likelihood += torch.stack([-F.cross_entropy(z, targets, reduction="none").sum(1) for z in logits], dim=1)
-    correct, correct_undivided, likelihood = zeros(model, L + 1), 0, iter(likelihood)
-    for _, choices, answer in questions:
-        scores = torch.stack([next(likelihood) for _ in choices])  # (choices, 1 + L)
+    correct, correct_undivided, n = zeros(model, L + 1), 0, len(questions)
+    of_question = torch.stack(likelihood).split([len(choices) for _, choices, _ in questions])
+    for (_, choices, answer), scores in zip(questions, of_question):  # scores (choices, 1 + L)
         lengths = torch.tensor([[max(1, len(choice))] for choice in choices], device=device)
         correct += (scores / lengths).argmax(0) == answer
         correct_undivided += scores[:, 0].argmax().item() == answer
-    accuracy, n = correct / len(questions), len(questions)
-    drop = accuracy[0] - accuracy[1:]
-    return {"accuracy": accuracy[0].item(), "acc": correct_undivided / n, "score_drop": drop, "n_questions": n}
+    accuracy, acc = correct / n, correct_undivided / n
+    return {"accuracy": accuracy[0].item(), "acc": acc, "score_drop": accuracy[0] - accuracy[1:], "n_questions": n}
 
 
 def unpack(question):
@@ -1036,7 +1016,7 @@ def analyze_run(out_dir, folder, settings, device):
     """All measures that the settings ask for, on the data in `folder`: {"run": what was measured, name: its result}."""
     model, checkpoint = load_run(out_dir, device)
     config, names = model.config, settings.names()
-    if "experts" in names and not layers_with_experts(model):
+    if "experts" in names and not config.n_expert:
         if settings.metrics != "all":
             raise UserError(f"metrics=experts: {out_dir} has no experts")
         names.remove("experts")
