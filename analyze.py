@@ -45,7 +45,6 @@ import functools
 import json
 import math
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -57,6 +56,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
 from configurator import COUNT, UserError, configure, progress, read_log, run, save_whole
@@ -147,11 +147,8 @@ def look_inside(block, x):
         modules = {"attn_module": block.attn, "attn": block.attn_residual.branch_out}
         modules |= {"mlp_module": block.mlp, "mlp": block.mlp_residual.branch_out}
 
-    def note(name):
-        def hook(_, inputs, output):
-            seen[name], seen[f"{name}_input"] = output, inputs[0]
-
-        return hook
+    def note(name, _, inputs, output):
+        seen[name], seen[f"{name}_input"] = output, inputs[0]
 
     def noted_attention(q, k, v, attn_mask=None, **options):
         seen["attention"] = q, k, attn_mask
@@ -160,7 +157,7 @@ def look_inside(block, x):
     with ExitStack() as stack:  # takes the hooks away again
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", noted_attention))
         for name, module in modules.items():
-            stack.enter_context(module.register_forward_hook(note(name)))
+            stack.enter_context(module.register_forward_hook(functools.partial(note, name)))
         block(x)
     return seen
 
@@ -186,10 +183,8 @@ def loss_sum(model, x, targets):
 def evaluation(model, frozen=True):
     """Evaluation mode and, if frozen, no gradients of parameters; both as they were afterwards."""
     was_training, required = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval()
+    model.eval().requires_grad_(not frozen)
     try:
-        for p in model.parameters():
-            p.requires_grad_(not frozen)
         yield
     finally:
         model.train(was_training)
@@ -525,8 +520,8 @@ class Removal:
 
     def result(self):
         L, loss, removed = len(self.removed), self.loss / self.n, self.removed / self.n
-        later = torch.ones(L, L, device=removed.device).triu(1).bool()
-        C = torch.where(self.change == 0, 0.0, self.change / self.size).masked_fill(~later, math.nan)
+        C = torch.where(self.change == 0, 0.0, self.change / self.size)
+        C.masked_fill_(torch.ones_like(C).tril().bool(), math.nan)
         score = C.nanmean(1).nan_to_num(0.0).mean().item()
         return {
             "loss": loss,
@@ -732,7 +727,7 @@ def end_to_end(model, batches, n_iter=20):
 
 
 @torch.no_grad()
-def multiple_choice(model, questions, encoding, batch_size=16):
+def multiple_choice(model, questions, encoding):
     """Accuracy on multiple-choice questions, and what the removal of each layer costs (LNS section 3), a dict:
 
     accuracy     float  share of the questions whose best choice is the answer: acc_norm of EleutherAI's harness
@@ -746,38 +741,37 @@ def multiple_choice(model, questions, encoding, batch_size=16):
     tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut of the
     left end where they exceed the block size. An empty prompt is the start of a document.
     """
-    questions = [unpack(question) for question in questions]
-    rows, block_size = [], model.config.block_size
-    for prompts, choices, _ in questions:
-        for prompt, choice in zip(prompts, choices):
-            before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
-            after = prepare_data.encode(encoding, prompt + " " + choice).tolist()[len(before) :]
-            if len(after) > block_size:
-                text = f"choice {choice[:40]!r} has {len(after)} tokens"
-                raise UserError(f"{text}, more than the block size {block_size}")
-            ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
-            targets = ids[1:].clone()
-            targets[: len(targets) - len(after)] = -100
-            rows.append((ids[:-1], targets))
-    L, device = len(model.blocks), model.lm_head.weight.device
-    likelihood = []  # of each row: with all layers, then without layer 1, 2 ...
+    L, block_size, device = len(model.blocks), model.config.block_size, model.lm_head.weight.device
+    correct, correct_undivided, n = zeros(model, L + 1), 0, 0  # correct: with all layers, then without layer 1, 2 ...
     with evaluation(model):
-        for first in progress(range(0, len(rows), batch_size), "choices"):
-            idx, targets = zip(*rows[first : first + batch_size])
-            idx = torch.nn.utils.rnn.pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
-            targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
+        for prompts, choices, answer in map(unpack, questions):
+            rows = [encode_choice(encoding, block_size, *pair) for pair in zip(prompts, choices)]
+            idx, targets = zip(*rows)
+            idx = pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
+            targets = pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
             states = Trace(model, idx, targets).states
             ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
             logits = (model.lm_head(model.norm(h)).float().transpose(1, 2) for h in ends)
-            likelihood += torch.stack([-F.cross_entropy(z, targets, reduction="none").sum(1) for z in logits], dim=1)
-    correct, correct_undivided, n = zeros(model, L + 1), 0, len(questions)
-    of_question = torch.stack(likelihood).split([len(choices) for _, choices, _ in questions])
-    for (_, choices, answer), scores in zip(questions, of_question):  # scores (choices, 1 + L)
-        lengths = torch.tensor([[max(1, len(choice))] for choice in choices], device=device)
-        correct += (scores / lengths).argmax(0) == answer
-        correct_undivided += scores[:, 0].argmax().item() == answer
+            losses = torch.stack([F.cross_entropy(z, targets, reduction="none") for z in logits])
+            scores = -losses.sum(2)  # (1 + L, choices): log-likelihoods
+            lengths = torch.tensor([max(1, len(choice)) for choice in choices], device=device)
+            correct += (scores / lengths).argmax(1) == answer
+            correct_undivided += scores[0].argmax().item() == answer
+            n += 1
     accuracy, acc = correct / n, correct_undivided / n
     return {"accuracy": accuracy[0].item(), "acc": acc, "score_drop": accuracy[0] - accuracy[1:], "n_questions": n}
+
+
+def encode_choice(encoding, block_size, prompt, choice):
+    """(idx, targets) of a choice after its prompt, (T): the targets are the choice's tokens, -100 before them."""
+    before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
+    after = prepare_data.encode(encoding, prompt + " " + choice).tolist()[len(before) :]
+    if len(after) > block_size:
+        raise UserError(f"choice {choice[:40]!r} has {len(after)} tokens, more than the block size {block_size}")
+    ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
+    targets = ids[1:].clone()
+    targets[: len(targets) - len(after)] = -100
+    return ids[:-1], targets
 
 
 def unpack(question):
@@ -787,10 +781,9 @@ def unpack(question):
     if isinstance(prompts, str):
         prompts = [prompts] * len(choices)
         answer = choices.index(answer) if isinstance(answer, str) else answer
-    if type(choices) is not list or len(prompts) != len(choices):
-        raise ValueError("choices is no list, or has not as many elements as prompt")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError("answer is not one of the choices")
+    is_index = type(answer) is int and 0 <= answer < len(choices)
+    if type(choices) is not list or len(prompts) != len(choices) or not is_index:
+        raise ValueError("choices is no list, has not as many elements as prompt, or answer is none of them")
     "".join([*prompts, *choices]).encode()  # all are texts; half of a surrogate pair has no bytes
     return prompts, choices, answer
 
@@ -989,8 +982,7 @@ def find_data(settings, checkpoint):
     folder = prepare_data.find_data(dataset, settings.data_dir or checkpoint["settings"]["data_dir"], "val")
     of_data, of_run = prepare_data.read_meta(folder).get("tokenizer"), checkpoint["tokenizer"]
     if of_data and not of_run:
-        text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
-        print(f"warning: {text}", file=sys.stderr)
+        warnings.warn(f"the run names no tokenizer: whether {folder} is of the same cannot be told")
     elif of_data and of_data != of_run:
         raise UserError(f"{folder} was made with tokenizer {of_data['name']}, the run with {of_run['name']}")
     return folder
@@ -1024,13 +1016,15 @@ def analyze_run(out_dir, folder, settings, device):
     if layers and max(layers) > config.n_layer:
         raise UserError(f"--layers={settings.layers}: {out_dir} has layers 1 to {config.n_layer}")
     options = {"jacobian": {"layers": layers, "own_token": settings.own_token}}  # what a measure needs besides data
+    data = {}  # of the measures that are not of all the text
     if "choices" in names:
         if not checkpoint["tokenizer"]:
             raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-        questions = read_questions(settings.choices)
         options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
+        data["choices"] = read_questions(settings.choices)
     text = load_batches(folder, config, settings.tokens, settings.batch_size, settings.block_size, device)
     some = load_batches(folder, config, settings.jacobian_tokens, 1, settings.block_size, device)
+    data["jacobian"] = data["end_to_end"] = some
     n_tokens = sum(idx.numel() for idx, _ in text)
     print(f"{out_dir}: {config.norm}, {config.n_layer} layers x {config.n_embd}, step {checkpoint['step']}; ", end="")
     print(f"{n_tokens:,} held-out tokens of {folder}" + ", all there are" * (n_tokens < settings.tokens), flush=True)
@@ -1045,10 +1039,8 @@ def analyze_run(out_dir, folder, settings, device):
         compute = functools.partial(MEASURES[name].compute, model, **options.get(name, {}))
         if isinstance(MEASURES[name].compute, type):
             shared[name] = compute()
-        elif name == "choices":
-            result[name] = compute(questions)
         else:
-            result[name] = compute(progress(some if name in ("jacobian", "end_to_end") else text, f"{label}: {name}"))
+            result[name] = compute(progress(data.get(name, text), f"{label}: {name}"))
     if shared:
         result.update(one_pass(model, progress(text, f"{label}: {', '.join(shared)}"), shared))
     if "jacobian" in names:
