@@ -316,9 +316,6 @@ class AngularDistance:
         return distance
 
 
-stream, angular_distance = as_function(Stream), as_function(AngularDistance)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and experts
 
@@ -340,11 +337,11 @@ class Attention:
         L, H = len(model.blocks), model.config.n_head
         self.map_size, self.maps = map_size, None
         self.below, self.entropy, self.n_causal = zeros(model, 3, L, H), zeros(model, L, H), zeros(model, L, 1)
-        self.n_sequences = self.n_queries = self.n_all = 0
+        self.n = 0  # sequences
 
     def update(self, trace):
         B, T = trace.targets.shape
-        P = min(T, self.map_size)
+        self.n, self.T, P = self.n + B, T, min(T, self.map_size)
         if self.maps is None:
             self.maps = zeros(trace.model, *self.entropy.shape, P, P)
         for l, layer in enumerate(trace.inside):
@@ -359,16 +356,14 @@ class Attention:
                 self.entropy[l] += torch.special.entr(A).sum((1, 2))
                 self.maps[l] += A[:, :P, :P]
                 self.n_causal[l] += visible.sum()
-        self.n_sequences += B
-        self.n_queries += B * T
-        self.n_all += B * T * T
 
     def result(self):
+        n_all = self.n * self.T**2
         return {
             "causal_sparsity": self.below / self.n_causal,
-            "sparsity": (self.below + self.n_all - self.n_causal) / self.n_all,
-            "entropy": self.entropy / self.n_queries,
-            "maps": self.maps / self.n_sequences,
+            "sparsity": (self.below + n_all - self.n_causal) / n_all,
+            "entropy": self.entropy / (self.n * self.T),
+            "maps": self.maps / self.n,
         }
 
 
@@ -393,8 +388,8 @@ class Experts:
     """
 
     def __init__(self, model):
-        has_router = [hasattr(getattr(block, "mlp", None), "router") for block in model.blocks]
-        self.layers, self.top_k = [l for l, has in enumerate(has_router, 1) if has], model.config.n_expert_active
+        self.top_k = model.config.n_expert_active
+        self.layers = [l for l, b in enumerate(model.blocks, 1) if hasattr(getattr(b, "mlp", None), "router")]
         if not self.layers:
             raise UserError("experts: this model has none")
         M, E = len(self.layers), model.config.n_expert
@@ -415,9 +410,6 @@ class Experts:
             "dead": (self.chosen == 0).double().mean(-1),
             "entropy": self.entropy / self.n,
         }
-
-
-attention, experts = as_function(Attention), as_function(Experts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -631,7 +623,8 @@ def usefulness(model, batches, threshold=1.1):
     return one_pass(model, batches, {"usefulness": Usefulness(model, maps, threshold)})["usefulness"]
 
 
-removal, permutation = as_function(Removal), as_function(Permutation)
+stream, angular_distance, attention = as_function(Stream), as_function(AngularDistance), as_function(Attention)
+experts, removal, permutation = as_function(Experts), as_function(Removal), as_function(Permutation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1172,8 +1165,8 @@ def save(fig, path, title):
     print(f"wrote {path}")
 
 
-def draw_lines(path, title, panels, names=(), n_columns=3, xticks=None):
-    """Writes a figure of lines, a panel for each (xlabel, ylabel, {name: (x, y)}), with one legend; none without panels.
+def draw_lines(path, title, xlabel, panels, names=(), n_columns=3, xticks=None):
+    """Writes a figure of lines, a panel for each entry of {ylabel: {name: (x, y)}}, with one legend; none without panels.
 
     A third element after x and y is a deviation, drawn as a band around y. A panel is logarithmic where its values are
     positive and span more than a factor of ten. A name has one style in all panels, and in all figures whose `names`
@@ -1182,8 +1175,8 @@ def draw_lines(path, title, panels, names=(), n_columns=3, xticks=None):
     if not panels:
         return
     fig, axes = grid(len(panels), n_columns, 11 / n_columns, 8 / n_columns)
-    styles = line_styles(dict.fromkeys([*names, *(name for _, _, lines in panels for name in lines)]))
-    for axis, (xlabel, ylabel, lines) in zip(axes, panels):
+    styles = line_styles(dict.fromkeys([*names, *(name for lines in panels.values() for name in lines)]))
+    for axis, (ylabel, lines) in zip(axes, panels.items()):
         for name, (x, y, *_) in lines.items():
             axis.plot(x, y, label=name, markevery=max(1, len(x) // 12), **styles[name])
         low, high = axis.dataLim.intervaly
@@ -1203,14 +1196,14 @@ def draw_lines(path, title, panels, names=(), n_columns=3, xticks=None):
 
 
 def draw_maps(path, title, maps, xlabel, ylabel, n_columns=3):
-    """Writes a figure of heat maps on one scale, a panel for each (title, matrix), their rows and columns numbered from
-    1; none without maps."""
+    """Writes a figure of heat maps {title: matrix} on one scale, their rows and columns numbered from 1; none without
+    maps."""
     if not maps:
         return
-    values = torch.cat([matrix.flatten() for _, matrix in maps])
+    values = torch.cat([matrix.flatten() for matrix in maps.values()])
     highest = max(values[values.isfinite()].tolist(), default=1.0)
     fig, axes = grid(len(maps), n_columns, min(3.6, 11 / n_columns), min(3.1, 10 / n_columns))
-    for axis, (name, matrix) in zip(axes, maps):
+    for axis, (name, matrix) in zip(axes, maps.items()):
         n, m = matrix.shape
         options = {"extent": (0.5, m + 0.5, n + 0.5, 0.5), "aspect": "auto", "interpolation": "nearest"}
         drawn = axis.imshow(matrix.cpu().numpy(), vmin=0, vmax=highest, **options)
@@ -1240,9 +1233,8 @@ def draw_columns(results, folder):
             for title, values in columns.items():
                 layers = values.isfinite().nonzero().flatten()
                 groups.setdefault(group, {}).setdefault(title, {})[run_name] = layers, values[layers]
-    for group, titles in groups.items():
-        panels = [("layer (0: embedding)", title, lines) for title, lines in titles.items()]
-        draw_lines(folder / f"{group}.png", group, panels, results)
+    for group, panels in groups.items():
+        draw_lines(folder / f"{group}.png", group, "layer (0: embedding)", panels, results)
 
 
 def draw_matrices(results, folder):
@@ -1250,17 +1242,17 @@ def draw_matrices(results, folder):
     for name, measure in MEASURES.items():
         if measure.matrix:
             title, rows, columns, get = measure.matrix
-            maps = [(run_name, get(result)) for run_name, result in of_measure(results, name).items()]
+            maps = {run_name: get(result) for run_name, result in of_measure(results, name).items()}
             draw_maps(folder / f"{name}_map.png", title, maps, columns, rows)
 
 
 def draw_jacobians(results, folder):
     """|J|^0.3 of up to four layers, a row of maps a run (Sparsity Figure 12)."""
-    measured, maps = of_measure(results, "jacobian"), []
+    measured, maps = of_measure(results, "jacobian"), {}
     n_columns = min([4, *(len(r["layers"]) for r in measured.values())])
     for run_name, r in measured.items():
         for i in spread(len(r["layers"]), n_columns):
-            maps.append((f"{run_name}, layer {r['layers'][i]}", (r["matrices"][i].abs() ** 0.3).clamp(max=1)))
+            maps[f"{run_name}, layer {r['layers'][i]}"] = (r["matrices"][i].abs() ** 0.3).clamp(max=1)
     path, title = folder / "jacobian_maps.png", "Jacobian, |J|^0.3, cut at 1"
     draw_maps(path, title, maps, "input dimension", "output dimension", n_columns)
 
@@ -1272,23 +1264,24 @@ def draw_attention(results, folder):
         ending = ".png" if len(results) == 1 else f"_{run_name.replace('/', '_')}.png"
         maps = r["maps"] ** 0.2  # (L, n_head, P, P)
         layers, heads = spread(maps.shape[0], 4), spread(maps.shape[1], 4)
-        some = [(f"layer {l + 1}, head {h + 1}", maps[l, h]) for l in layers for h in heads]
+        some = {f"layer {l + 1}, head {h + 1}": maps[l, h] for l in layers for h in heads}
         title = f"{run_name}: attention weights A, (mean over sequences)^0.2"
         draw_maps(folder / f"attention_maps{ending}", title, some, "key position", "query position", len(heads))
-        first = [(f"layer {l}", A) for l, A in enumerate(maps[:, 0], 1)]
+        first = {f"layer {l}": A for l, A in enumerate(maps[:, 0], 1)}
         title = f"{run_name}: head 1 of every layer, (mean over sequences)^0.2"
         draw_maps(folder / f"first_heads{ending}", title, first, "key", "query", 6)
 
 
 def draw_kurtosis(results, folder):
     """The kurtosis of each dimension of up to five states, sorted; a panel a run (Sparsity Eq. 19)."""
-    panels = []
+    panels = {}
     for run_name, r in of_measure(results, "stream").items():
-        kurtosis, lines = r["kurtosis_per_dim"].cpu().sort(descending=True).values, {}
+        kurtosis = r["kurtosis_per_dim"].cpu().sort(descending=True).values
+        lines = panels[f"{run_name}: kurtosis (3: Gaussian)"] = {}
         for l in spread(len(kurtosis), 5):
             lines[f"after layer {l}" if l else "embedding"] = range(kurtosis.shape[1]), kurtosis[l]
-        panels.append(("dimension, sorted", f"{run_name}: kurtosis (3: Gaussian)", lines))
-    draw_lines(folder / "kurtosis.png", "kurtosis over tokens of each dimension of the stream", panels)
+    title = "kurtosis over tokens of each dimension of the stream"
+    draw_lines(folder / "kurtosis.png", title, "dimension, sorted", panels)
 
 
 # What draw_training shows of a run's log, and how its axis names it.
@@ -1325,7 +1318,7 @@ def draw_training(results, folder):
     paths = {}
     for run_name, result in results.items():
         paths.setdefault(run_folder(result["run"]["out_dir"]) / "log.jsonl", run_name)  # stages of a run have one log
-    logs, panels = {run_name: read_log(path) for path, run_name in paths.items()}, []
+    logs, panels = {run_name: read_log(path) for path, run_name in paths.items()}, {}
     for key, ylabel in LOGGED.items():
         lines = {}
         for run_name, log in logs.items():
@@ -1341,9 +1334,9 @@ def draw_training(results, folder):
             else:
                 lines[run_name] = steps, values.mean(1) if key == "gates" else values[:, -1]
         if lines:
-            panels.append(("step", ylabel, lines))
+            panels[ylabel] = lines
     title = "training" + "; the last layer, the mean of the gates" * (len(logs) > 1)
-    draw_lines(folder / "dynamics.png", title, panels, results)
+    draw_lines(folder / "dynamics.png", title, "step", panels, results)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1510,7 +1503,7 @@ def draw_losses(runs, name, folder):
                 line += f", diverged at {value}"
         lines[line] = mean_line(points)
     path, title = folder / f"loss_by_{name}.svg", f"Held-out loss against {name}, mean and deviation over seeds"
-    draw_lines(path, title, [(name, "held-out loss, nats", lines)], (), 2, values)
+    draw_lines(path, title, name, {"held-out loss, nats": lines}, (), 2, values)
 
 
 def draw_groups(runs, folder):
@@ -1520,14 +1513,17 @@ def draw_groups(runs, folder):
     for key, group in (best_groups(runs) or by_group(runs)).items():
         groups[", ".join(str(value) if name == "norm" else f"{name}={value}" for name, value in key) or "all"] = group
     for part, xlabel, file in (("columns", "layer", "layers"), ("curves", "step", "training")):
-        titles = {}  # {title: {line: {x: values of the seeds}}}
-        for line, group in groups.items():
-            for title, curve in (pair for entry in group for pair in entry[part].items()):
-                for x, y in enumerate(curve.tolist(), 1) if part == "columns" else curve:
-                    titles.setdefault(title, {}).setdefault(line, {}).setdefault(x, []).append(y)
-        panels = [(xlabel, title, {line: mean_line(p) for line, p in lines.items()}) for title, lines in titles.items()]
+        panels = {}
+        for ylabel in dict.fromkeys(title for entry in runs for title in entry[part]):
+            for line, group in groups.items():
+                points = {}  # {x: a value for each seed}
+                for curve in [entry[part][ylabel] for entry in group if ylabel in entry[part]]:
+                    for x, y in enumerate(curve.tolist(), 1) if part == "columns" else curve:
+                        points.setdefault(x, []).append(y)
+                if points:
+                    panels.setdefault(ylabel, {})[line] = mean_line(points)
         title = f"{file.capitalize()}: mean and deviation over seeds, best learning rate"
-        draw_lines(folder / f"{file}.svg", title, panels, groups, 2)
+        draw_lines(folder / f"{file}.svg", title, xlabel, panels, groups, 2)
 
 
 def is_value(text, value):
