@@ -180,10 +180,10 @@ def loss_sum(model, x, targets):
 
 
 @contextmanager
-def evaluation(model, frozen=True):
-    """Evaluation mode and, if frozen, no gradients of parameters; both as they were afterwards."""
+def evaluation(model):
+    """Evaluation mode, and no gradients of parameters; both as they were afterwards."""
     was_training, required = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(not frozen)
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
@@ -426,7 +426,8 @@ def gradients(model, batches):
     """
     parameters = [p for block in model.blocks for p in block.parameters()]
     total, n = 0.0, 0
-    with evaluation(model, frozen=False):
+    with evaluation(model):
+        model.blocks.requires_grad_(True)
         for idx, targets in batches:
             x = apply(model.blocks, model.embed_norm(model.embed_tokens(idx)).detach())
             # zeros for an expert that no token of the batch chose
@@ -941,7 +942,7 @@ def shown_totals(result):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs and text
+# Runs, their text, results and tables
 
 
 def load_run(out_dir, device="cpu"):
@@ -993,14 +994,10 @@ def load_batches(folder, config, tokens, batch_size, block_size=None, device="cp
     return list(zip(idx, targets))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results of a run, its tables
-
-
-def analyze_run(out_dir, folder, settings, device):
-    """All measures that the settings ask for, on the data in `folder`: {"run": what was measured, name: its result}."""
+def analyze_run(out_dir, settings, device):
+    """All measures that the settings ask for: {"run": what was measured, name: its result}."""
     model, checkpoint = load_run(out_dir, device)
-    config, names = model.config, settings.names()
+    config, names, folder = model.config, settings.names(), find_data(settings, checkpoint)
     if "experts" in names and not config.n_expert:
         if settings.metrics != "all":
             raise UserError(f"metrics=experts: {out_dir} has no experts")
@@ -1091,9 +1088,8 @@ def print_totals(results):
 
 def analyze_runs(settings, device):
     """Measures the runs one after the other: tables, analysis.json and figures."""
-    data = {}
     for out_dir in settings.out_dirs:  # before the long part: what can be missing
-        data[out_dir] = find_data(settings, load_run(out_dir)[1])
+        find_data(settings, load_run(out_dir)[1])
         read_log(run_folder(out_dir) / "log.jsonl")
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
@@ -1102,7 +1098,7 @@ def analyze_runs(settings, device):
     names = settings.out_dirs if len(set(names)) < len(names) else names
     results, ratios = {}, {}
     for name, out_dir in zip(names, settings.out_dirs):
-        result = results[name] = analyze_run(out_dir, data[out_dir], settings, device)
+        result = results[name] = analyze_run(out_dir, settings, device)
         first = results[names[0]]
         if "weights" in result and result is not first and result["run"]["n_layer"] == first["run"]["n_layer"]:
             ratios[name] = {}
@@ -1382,7 +1378,7 @@ def read_sweep(folder, settings, device):
         steps, losses = logged(log, "loss")
         curves["training loss, nats"] = list(zip(steps, losses.tolist()))
         if settings.metrics != "all" and state == "finished":
-            result = analyze_run(run_dir, find_data(settings, checkpoint), settings, device)
+            result = analyze_run(run_dir, settings, device)
             totals |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
             for group in shown_columns(result).values():
                 columns |= {title: values[1:] for title, values in group.items()}
