@@ -823,6 +823,11 @@ class Measure:
     matrix: tuple | None = None  # (title, rows, columns, function of the result): a heat map a run, <name>_map.png
 
 
+def by_threshold(title, thresholds, values):
+    """{the title with a threshold in it: the values for this threshold}, as columns or totals of a row."""
+    return {title.format(e): v for e, v in zip(thresholds, values)}
+
+
 # fmt: off
 MEASURES = {
     "removal": Measure(
@@ -907,11 +912,6 @@ MEASURES = {
         ("share of the router's choices", "layer with experts", "expert", lambda r: r["load"])),
 }
 # fmt: on
-
-
-def by_threshold(title, thresholds, values):
-    """{title with the threshold in it: its values}"""
-    return {title.format(e): v for e, v in zip(thresholds, values)}
 
 
 def shown_columns(result):
@@ -1021,18 +1021,18 @@ def analyze_run(out_dir, settings, device):
     result = {"run": {"out_dir": str(out_dir), "norm": config.norm, "n_layer": config.n_layer, "n_embd": config.n_embd}}
     result["run"].update(step=checkpoint["step"], data=str(folder), tokens=n_tokens)
 
-    label = Path(out_dir).name
+    run_name = Path(out_dir).name
     if "usefulness" in names:
-        options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{label}: affine maps"))}
+        options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{run_name}: affine maps"))}
     shared = {}  # the classes share one pass, the functions make their own
     for name in names:
         compute = functools.partial(MEASURES[name].compute, model, **options.get(name, {}))
         if isinstance(MEASURES[name].compute, type):
             shared[name] = compute()
         else:
-            result[name] = compute(progress(data.get(name, text), f"{label}: {name}"))
+            result[name] = compute(progress(data.get(name, text), f"{run_name}: {name}"))
     if shared:
-        result.update(one_pass(model, progress(text, f"{label}: {', '.join(shared)}"), shared))
+        result.update(one_pass(model, progress(text, f"{run_name}: {', '.join(shared)}"), shared))
     if "jacobian" in names:
         result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in some)
     return result
@@ -1156,6 +1156,7 @@ def legend(fig, axes):
 
 
 def save(fig, path, title):
+    """Writes the figure and says so."""
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=110)
     print(f"wrote {path}")
@@ -1243,14 +1244,13 @@ def draw_matrices(results, folder):
 
 
 def draw_jacobians(results, folder):
-    """|J|^0.3 of up to four layers, a row of maps a run (Sparsity Figure 12)."""
-    measured, maps = of_measure(results, "jacobian"), {}
-    n_columns = min([4, *(len(r["layers"]) for r in measured.values())])
-    for run_name, r in measured.items():
-        for i in spread(len(r["layers"]), n_columns):
+    """|J|^0.3 of up to four layers of each run (Sparsity Figure 12)."""
+    maps = {}
+    for run_name, r in of_measure(results, "jacobian").items():
+        for i in spread(len(r["layers"]), 4):
             maps[f"{run_name}, layer {r['layers'][i]}"] = (r["matrices"][i].abs() ** 0.3).clamp(max=1)
     path, title = folder / "jacobian_maps.png", "Jacobian, |J|^0.3, cut at 1"
-    draw_maps(path, title, maps, "input dimension", "output dimension", n_columns)
+    draw_maps(path, title, maps, "input dimension", "output dimension", 4)
 
 
 def draw_attention(results, folder):
