@@ -1163,7 +1163,7 @@ def save(fig, path, title):
 
 
 def draw_lines(path, title, xlabel, panels, names=(), n_columns=3, xticks=None):
-    """Writes a figure of lines with one legend, a panel for each entry of {ylabel: {name: (x, y)}}; none if it is empty.
+    """Writes a figure of lines with one legend, a panel for each of {ylabel: {name: (x, y)}}; none if it is empty.
 
     A third element after x and y is a deviation, drawn as a band around y. A panel is logarithmic where its values are
     positive and span more than a factor of ten. A name has one style in all panels, and in all figures whose `names`
