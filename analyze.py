@@ -33,7 +33,7 @@ MEASURES that says what of the result is shown. To add one, write for example th
 
 and this row into the table. `--metrics=update` then puts it into the tables, analysis.json and importance.png:
 
-    "update": Measure("size of each layer's update", RelativeUpdate, "importance", {"update": lambda r: r}),
+    "update": Measure("size of each layer's update", RelativeUpdate, "importance", lambda r: {"update": r}),
 
 Layers are l = 1..L; x_l (B, T, n_embd) is the residual state that layer l gets, x_1 the embedding's output (normalized,
 where the model does so), x_{L+1} the last layer's output, before the final norm. Tensors with a layer dimension hold
@@ -45,7 +45,6 @@ import functools
 import json
 import math
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -57,6 +56,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
 from configurator import COUNT, UserError, configure, progress, read_log, run, save_whole
@@ -116,7 +116,8 @@ class Trace:
     each (B, T, n_embd), and what is computed when it is first asked for."""
 
     def __init__(self, model, idx, targets):
-        self.model, self.targets, self.n_tokens = model, targets, idx.numel()
+        self.model, self.targets = model, targets
+        self.n_tokens, self.n_targets = idx.numel(), (targets != -100).sum().item()
         self.states = [model.embed_norm(model.embed_tokens(idx))]
         for block in model.blocks:
             self.states.append(block(self.states[-1]))
@@ -130,10 +131,6 @@ class Trace:
     def loss(self):
         """Sum of the model's loss over the batch's targets."""
         return loss_sum(self.model, self.states[-1], self.targets)
-
-    @functools.cached_property
-    def n_targets(self):
-        return (self.targets != -100).sum().item()
 
 
 def look_inside(block, x):
@@ -150,11 +147,8 @@ def look_inside(block, x):
         modules = {"attn_module": block.attn, "attn": block.attn_residual.branch_out}
         modules |= {"mlp_module": block.mlp, "mlp": block.mlp_residual.branch_out}
 
-    def note(name):
-        def hook(_, inputs, output):
-            seen[name], seen[f"{name}_input"] = output, inputs[0]
-
-        return hook
+    def note(name, _, inputs, output):
+        seen[name], seen[f"{name}_input"] = output, inputs[0]
 
     def noted_attention(q, k, v, attn_mask=None, **options):
         seen["attention"] = q, k, attn_mask
@@ -163,12 +157,19 @@ def look_inside(block, x):
     with ExitStack() as stack:  # takes the hooks away again
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", noted_attention))
         for name, module in modules.items():
-            stack.enter_context(module.register_forward_hook(note(name)))
+            stack.enter_context(module.register_forward_hook(functools.partial(note, name)))
         block(x)
     return seen
 
 
 scaled_dot_product_attention = F.scaled_dot_product_attention  # torch's own, also while another stands in for it
+
+
+def apply(blocks, x):
+    """The residual state x (B, T, n_embd) after some blocks in turn."""
+    for block in blocks:
+        x = block(x)
+    return x
 
 
 def loss_sum(model, x, targets):
@@ -179,13 +180,11 @@ def loss_sum(model, x, targets):
 
 
 @contextmanager
-def evaluation(model, frozen=True):
-    """Evaluation mode and, if frozen, no gradients of parameters; both as they were afterwards."""
+def evaluation(model):
+    """Evaluation mode, and no gradients of parameters; both as they were afterwards."""
     was_training, required = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval()
+    model.eval().requires_grad_(False)
     try:
-        for p in model.parameters():
-            p.requires_grad_(not frozen)
         yield
     finally:
         model.train(was_training)
@@ -256,7 +255,7 @@ class Stream:
         if self.shift is None:  # a guess of the mean, so that the sums of powers do not cancel
             self.shift = [x.double().mean((0, 1)) for x in trace.states]
         for i, x in enumerate(trace.states):
-            self.variance[i] += token_variance(x)
+            self.variance[i] += x.var(-1, correction=0).double().sum()
             size = x.abs()
             self.magnitude[i] += size.mean(-1).double().sum()
             self.over_float16[i] += (size > FLOAT16_MAX).sum()
@@ -270,7 +269,7 @@ class Stream:
                 power[i] += value.sum(0)
         for name, total in self.inside.items():
             for l, layer in enumerate(trace.inside):
-                total[l] += token_variance(layer[name]) if name in layer else math.nan
+                total[l] += layer[name].var(-1, correction=0).double().sum() if name in layer else math.nan
         self.top, order = self.top.topk(min(TOP, len(self.top)))
         self.top_state = self.top_state[order]
         self.n += trace.n_tokens
@@ -291,11 +290,6 @@ class Stream:
             "top": self.top,
             "top_state": self.top_state,
         }
-
-
-def token_variance(x):
-    """Sum over tokens of the variance over the dimensions (1/d) of x (B, T, d)."""
-    return x.var(-1, correction=0).double().sum()
 
 
 class AngularDistance:
@@ -322,9 +316,6 @@ class AngularDistance:
         return distance
 
 
-stream, angular_distance = as_function(Stream), as_function(AngularDistance)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and experts
 
@@ -346,11 +337,11 @@ class Attention:
         L, H = len(model.blocks), model.config.n_head
         self.map_size, self.maps = map_size, None
         self.below, self.entropy, self.n_causal = zeros(model, 3, L, H), zeros(model, L, H), zeros(model, L, 1)
-        self.n_sequences = self.n_queries = self.n_all = 0
+        self.n = 0  # sequences
 
     def update(self, trace):
         B, T = trace.targets.shape
-        P = min(T, self.map_size)
+        self.n, self.T, P = self.n + B, T, min(T, self.map_size)
         if self.maps is None:
             self.maps = zeros(trace.model, *self.entropy.shape, P, P)
         for l, layer in enumerate(trace.inside):
@@ -365,16 +356,14 @@ class Attention:
                 self.entropy[l] += torch.special.entr(A).sum((1, 2))
                 self.maps[l] += A[:, :P, :P]
                 self.n_causal[l] += visible.sum()
-        self.n_sequences += B
-        self.n_queries += B * T
-        self.n_all += B * T * T
 
     def result(self):
+        n_all = self.n * self.T**2
         return {
             "causal_sparsity": self.below / self.n_causal,
-            "sparsity": (self.below + self.n_all - self.n_causal) / self.n_all,
-            "entropy": self.entropy / self.n_queries,
-            "maps": self.maps / self.n_sequences,
+            "sparsity": (self.below + n_all - self.n_causal) / n_all,
+            "entropy": self.entropy / (self.n * self.T),
+            "maps": self.maps / self.n,
         }
 
 
@@ -399,7 +388,8 @@ class Experts:
     """
 
     def __init__(self, model):
-        self.layers, self.top_k = layers_with_experts(model), model.config.n_expert_active
+        self.top_k = model.config.n_expert_active
+        self.layers = [l for l, b in enumerate(model.blocks, 1) if hasattr(getattr(b, "mlp", None), "router")]
         if not self.layers:
             raise UserError("experts: this model has none")
         M, E = len(self.layers), model.config.n_expert
@@ -422,14 +412,6 @@ class Experts:
         }
 
 
-def layers_with_experts(model):
-    """The numbers l of the layers whose MLP has a router."""
-    return [l for l, block in enumerate(model.blocks, 1) if hasattr(getattr(block, "mlp", None), "router")]
-
-
-attention, experts = as_function(Attention), as_function(Experts)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients and weights
 
@@ -442,21 +424,18 @@ def gradients(model, batches):
 
     Peri-LN does not say how it pools a layer: here all of its parameters, gains and gate included, are one vector.
     """
-    layers = [list(block.parameters()) for block in model.blocks]
-    parameters = [p for layer in layers for p in layer]
-    total, n = [torch.zeros_like(p) for p in parameters], 0
-    with evaluation(model, frozen=False):
+    parameters = [p for block in model.blocks for p in block.parameters()]
+    total, n = 0.0, 0
+    with evaluation(model):
+        model.blocks.requires_grad_(True)
         for idx, targets in batches:
-            x = model.embed_norm(model.embed_tokens(idx)).detach()
-            for block in model.blocks:
-                x = block(x)
-            parts = torch.autograd.grad(loss_sum(model, x, targets), parameters, allow_unused=True)
-            for sum_so_far, part in zip(total, parts):
-                if part is not None:  # an expert that no token of the batch chose
-                    sum_so_far += part
+            x = apply(model.blocks, model.embed_norm(model.embed_tokens(idx)).detach())
+            # zeros for an expert that no token of the batch chose
+            parts = torch.autograd.grad(loss_sum(model, x, targets), parameters, materialize_grads=True)
+            total = total + torch.cat([part.flatten() for part in parts])
             n += (targets != -100).sum().item()
-    pieces = iter(total)
-    g = [torch.cat([next(pieces).flatten() for _ in layer]).double() / n for layer in layers]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    g = (total.double() / n).split(sizes)
     return {"norm": torch.stack([v.norm() for v in g]), "variance": torch.stack([v.var(correction=0) for v in g])}
 
 
@@ -475,17 +454,16 @@ def weights(model, batches=None):
     sparsity_matrices            (3)     share of |w| < 1e-1, 1e-2, 1e-4 over all matrices, embedding and head included
     sparsity_all                 (3)     the same over all parameters (Sparsity Eq. 14)
     """
-    result = {}
+    result, blocks = {}, model.blocks
     for name in ("attn", "mlp"):
-        modules = [getattr(block, name) for block in model.blocks]
+        modules = [getattr(block, name) for block in blocks]
         norms = [torch.stack([p.double().norm() for p in m.parameters() if p.dim() >= 2]).norm() for m in modules]
+        gains = [getattr(getattr(block, f"{name}_residual").out_norm, "weight", None) for block in blocks]
         result[f"{name}_norm"] = torch.stack(norms)
-    if model.gates():
-        scales = [gate_scale(block.gate, block.gpas_act) for block in model.blocks]
-        result.update(gates=torch.stack(model.gates()).detach().clone(), gate_scale=torch.stack(scales))
-    for name in ("attn", "mlp"):
-        gains = [getattr(getattr(block, f"{name}_residual").out_norm, "weight", None) for block in model.blocks]
         result[f"{name}_out_gain"] = torch.tensor([math.nan if g is None else g.double().mean().item() for g in gains])
+    if model.gates():
+        result["gates"] = torch.stack(model.gates())
+        result["gate_scale"] = torch.stack([gate_scale(block.gate, block.gpas_act) for block in blocks])
     for kind, least in (("matrices", 2), ("all", 0)):
         chosen = [p for p in model.parameters() if p.dim() >= least]
         count = [sum((p.abs() < e).sum().item() for p in chosen) for e in WEIGHT_THRESHOLDS]
@@ -498,13 +476,6 @@ def weights(model, batches=None):
 #
 # The layers before a changed one give what they gave: everything here starts from the states of the unchanged model.
 # Blocks are moved and left out whole, with their own constants (the s of LNS, the kind of Mix-LN's layer).
-
-
-def apply(blocks, x):
-    """The residual state x (B, T, n_embd) after some blocks in turn."""
-    for block in blocks:
-        x = block(x)
-    return x
 
 
 class Removal:
@@ -542,8 +513,8 @@ class Removal:
 
     def result(self):
         L, loss, removed = len(self.removed), self.loss / self.n, self.removed / self.n
-        later = torch.ones(L, L, device=removed.device).triu(1).bool()
-        C = torch.where(self.change == 0, 0.0, self.change / self.size).masked_fill(~later, math.nan)
+        C = torch.where(self.change == 0, 0.0, self.change / self.size)
+        C.masked_fill_(torch.ones_like(C).tril().bool(), math.nan)
         score = C.nanmean(1).nan_to_num(0.0).mean().item()
         return {
             "loss": loss,
@@ -653,7 +624,8 @@ def usefulness(model, batches, threshold=1.1):
     return one_pass(model, batches, {"usefulness": Usefulness(model, maps, threshold)})["usefulness"]
 
 
-removal, permutation = as_function(Removal), as_function(Permutation)
+stream, angular_distance, attention = as_function(Stream), as_function(AngularDistance), as_function(Attention)
+experts, removal, permutation = as_function(Experts), as_function(Removal), as_function(Permutation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -687,10 +659,9 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
             for l, block in enumerate(model.blocks[: max(layers)], 1):
                 x = x.detach().requires_grad_(l in layers)
                 y = block(x)
-                for first in range(0, d, rows) if l in layers else ():
-                    some = torch.arange(first, min(first + rows, d), device=x.device)
+                for some in torch.arange(d, device=x.device).split(rows) if l in layers else ():
                     e = F.one_hot(some, d).to(y.dtype)[:, None, None].expand(-1, *y.shape)  # row i: e_i at each t'
-                    grad = torch.autograd.grad(y, x, e, is_grads_batched=True, retain_graph=some[-1] < d - 1)[0]
+                    grad = torch.autograd.grad(y, x, e, is_grads_batched=True, retain_graph=True)[0]
                     J[layers.index(l), some] += grad.sum((1, 2)).double()
                 x = y
             n += idx.numel()
@@ -734,9 +705,7 @@ def end_to_end(model, batches, n_iter=20):
     with evaluation(model), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         for sequence in (row for idx, _ in batches for row in idx.split(1)):
             x = model.embed_norm(model.embed_tokens(sequence)).detach().requires_grad_()
-            y = x
-            for block in model.blocks:
-                y = block(y)
+            y = apply(model.blocks, x)
             u = torch.zeros_like(y).requires_grad_()
             backward = torch.autograd.grad(y, x, u, create_graph=True)[0]
             v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -752,7 +721,7 @@ def end_to_end(model, batches, n_iter=20):
 
 
 @torch.no_grad()
-def multiple_choice(model, questions, encoding, batch_size=16):
+def multiple_choice(model, questions, encoding):
     """Accuracy on multiple-choice questions, and what the removal of each layer costs (LNS section 3), a dict:
 
     accuracy     float  share of the questions whose best choice is the answer: acc_norm of EleutherAI's harness
@@ -766,38 +735,37 @@ def multiple_choice(model, questions, encoding, batch_size=16):
     tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut of the
     left end where they exceed the block size. An empty prompt is the start of a document.
     """
-    rows, block_size, questions = [], model.config.block_size, [unpack(question) for question in questions]
-    for prompts, choices, _ in questions:
-        for prompt, choice in zip(prompts, choices):
-            before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
-            after = prepare_data.encode(encoding, prompt + " " + choice).tolist()[len(before) :]
-            if len(after) > block_size:
-                text = f"choice {choice[:40]!r} has {len(after)} tokens"
-                raise UserError(f"{text}, more than the block size {block_size}")
-            ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
-            targets = ids[1:].clone()
-            targets[: len(targets) - len(after)] = -100
-            rows.append((ids[:-1], targets))
-    L, device = len(model.blocks), model.lm_head.weight.device
-    likelihood = []  # of each row: with all layers, then without layer 1, 2 ...
+    L, block_size, device = len(model.blocks), model.config.block_size, model.lm_head.weight.device
+    correct, correct_undivided, n = zeros(model, L + 1), 0, 0  # correct: with all layers, then without layer 1, 2 ...
     with evaluation(model):
-        for first in progress(range(0, len(rows), batch_size), "choices"):
-            idx, targets = zip(*rows[first : first + batch_size])
-            idx = torch.nn.utils.rnn.pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
-            targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
+        for prompts, choices, answer in map(unpack, questions):
+            rows = [encode_choice(encoding, block_size, *pair) for pair in zip(prompts, choices)]
+            idx, targets = zip(*rows)
+            idx = pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
+            targets = pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
             states = Trace(model, idx, targets).states
             ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
             logits = (model.lm_head(model.norm(h)).float().transpose(1, 2) for h in ends)
-            likelihood += torch.stack([-F.cross_entropy(z, targets, reduction="none").sum(1) for z in logits], dim=1)
-    correct, correct_undivided, likelihood = zeros(model, L + 1), 0, iter(likelihood)
-    for _, choices, answer in questions:
-        scores = torch.stack([next(likelihood) for _ in choices])  # (choices, 1 + L)
-        lengths = torch.tensor([[max(1, len(choice))] for choice in choices], device=device)
-        correct += (scores / lengths).argmax(0) == answer
-        correct_undivided += scores[:, 0].argmax().item() == answer
-    accuracy, n = correct / len(questions), len(questions)
-    drop = accuracy[0] - accuracy[1:]
-    return {"accuracy": accuracy[0].item(), "acc": correct_undivided / n, "score_drop": drop, "n_questions": n}
+            losses = torch.stack([F.cross_entropy(z, targets, reduction="none") for z in logits])
+            scores = -losses.sum(2)  # (1 + L, choices): log-likelihoods
+            lengths = torch.tensor([max(1, len(choice)) for choice in choices], device=device)
+            correct += (scores / lengths).argmax(1) == answer
+            correct_undivided += scores[0].argmax().item() == answer
+            n += 1
+    accuracy, acc = correct / n, correct_undivided / n
+    return {"accuracy": accuracy[0].item(), "acc": acc, "score_drop": accuracy[0] - accuracy[1:], "n_questions": n}
+
+
+def encode_choice(encoding, block_size, prompt, choice):
+    """(idx, targets) of a choice after its prompt, (T): the targets are the choice's tokens, -100 before them."""
+    before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
+    after = prepare_data.encode(encoding, prompt + " " + choice).tolist()[len(before) :]
+    if len(after) > block_size:
+        raise UserError(f"choice {choice[:40]!r} has {len(after)} tokens, more than the block size {block_size}")
+    ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
+    targets = ids[1:].clone()
+    targets[: len(targets) - len(after)] = -100
+    return ids[:-1], targets
 
 
 def unpack(question):
@@ -807,10 +775,9 @@ def unpack(question):
     if isinstance(prompts, str):
         prompts = [prompts] * len(choices)
         answer = choices.index(answer) if isinstance(answer, str) else answer
-    if type(choices) is not list or len(prompts) != len(choices):
-        raise ValueError("choices is no list, or has not as many elements as prompt")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError("answer is not one of the choices")
+    is_index = type(answer) is int and 0 <= answer < len(choices)
+    if type(choices) is not list or len(prompts) != len(choices) or not is_index:
+        raise ValueError("choices is no list, has not as many elements as prompt, or answer is none of them")
     "".join([*prompts, *choices]).encode()  # all are texts; half of a surrogate pair has no bytes
     return prompts, choices, answer
 
@@ -843,109 +810,108 @@ def read_questions(path):
 
 @dataclass
 class Measure:
-    """One row of the table. `columns` and `totals` are {title: a key of the result, or a function of it}; what a result
-    lacks is not shown. A column has L values, L + 1 with the embedding's output first, or one for each of the result's
-    "layers"; it is a column of a table and a panel of a figure. A total is a number or a text of the run as a whole; of
-    a tensor the mean is shown."""
+    """One row of the table. `columns` and `totals` are functions of the result that give {title: values}; None is not
+    shown. A column has L values, L + 1 with the embedding's output first, or one for each of the result's "layers"; it
+    is a column of a table and a panel of a figure. A total is a number or a text of the run as a whole; of a tensor the
+    mean is shown."""
 
     what: str  # for --help
     compute: Callable  # a class, for the shared pass; or a function (model, batches) that makes passes of its own
     group: str  # columns of one group share a table and the figure <group>.png
-    columns: dict[str, str | Callable] = field(default_factory=dict)
-    totals: dict[str, str | Callable] = field(default_factory=dict)
+    columns: Callable
+    totals: Callable = lambda result: {}
     matrix: tuple | None = None  # (title, rows, columns, function of the result): a heat map a run, <name>_map.png
 
 
-def item(key, i):
-    """A function of a measure's result that gives the i-th of result[key]."""
-    return lambda result: result[key][i]
+def by_threshold(title, thresholds, values):
+    """{the title with a threshold in it: the values for this threshold}, as columns or totals of a row."""
+    return {title.format(e): v for e, v in zip(thresholds, values)}
 
 
 # fmt: off
 MEASURES = {
     "removal": Measure(
         "loss without each layer, causal scores", Removal, "importance",
-        {"loss drop, nats": "loss_drop", "perplexity drop": "perplexity_drop",
-         "causal effect": lambda r: r["causal"].nanmean(1)},
-        {"loss": "loss", "perplexity": "perplexity", "causal score": "causal_score",
-         "causal / sqrt(L)": "causal_score_normalized"},
+        lambda r: {"loss drop, nats": r["loss_drop"], "perplexity drop": r["perplexity_drop"],
+                   "causal effect": r["causal"].nanmean(1)},
+        lambda r: {"loss": r["loss"], "perplexity": r["perplexity"], "causal score": r["causal_score"],
+                   "causal / sqrt(L)": r["causal_score_normalized"]},
         ("causal effect C(s, l)", "skipped layer s", "later layer l", lambda r: r["causal"])),
 
     "permutation": Measure(
         "loss with each pair of layers swapped", Permutation, "importance",
-        {"mean swap": lambda r: r["matrix"].sum(1) / max(1, len(r["matrix"]) - 1)},
-        {"permutation score": "score"},
+        lambda r: {"mean swap": r["matrix"].sum(1) / max(1, len(r["matrix"]) - 1)},
+        lambda r: {"permutation score": r["score"]},
         ("|change of the loss by a swap| / loss", "layer", "layer", lambda r: r["matrix"])),
 
     "usefulness": Measure(
         "loss with each layer replaced by an affine map", Usefulness, "importance",
-        {"affine loss ratio": "ratio"},
-        {"usefulness score": "score", "effective/wasted": lambda r: f"{r['effective']}/{r['wasted']}"}),
+        lambda r: {"affine loss ratio": r["ratio"]},
+        lambda r: {"usefulness score": r["score"], "effective/wasted": f"{r['effective']}/{r['wasted']}"}),
 
     "angular": Measure(
         "angular distance between residual states", AngularDistance, "importance",
-        {"angle to next": lambda r: r[:, 0]},
-        {"mean angle to next": lambda r: r[:, 0]},
+        lambda r: {"angle to next": r[:, 0]},
+        lambda r: {"mean angle to next": r[:, 0]},
         ("angular distance d(l, n), in units of pi", "n layers on", "layer l", lambda r: r.mT)),
 
     "choices": Measure(
         "multiple-choice accuracy, and without each layer", multiple_choice, "importance",
-        {"accuracy drop": "score_drop"},
-        {"accuracy": "accuracy", "accuracy, undivided": "acc"}),
+        lambda r: {"accuracy drop": r["score_drop"]},
+        lambda r: {"accuracy": r["accuracy"], "accuracy, undivided": r["acc"]}),
 
     "stream": Measure(
         "variance, magnitude, kurtosis and largest values of the residual states", Stream, "stream",
-        {"variance": "variance", "mean |x|": "magnitude", "largest |x|": "largest", "kurtosis": "kurtosis",
-         "attention variance": "attn_variance", "MLP variance": "mlp_variance"},
-        {"last variance": item("variance", -1), "largest |x|": item("top", 0),
-         "|x| > 65504": lambda r: int(r["over_float16"].sum())}),
+        lambda r: {"variance": r["variance"], "mean |x|": r["magnitude"], "largest |x|": r["largest"],
+                   "kurtosis": r["kurtosis"], "attention variance": r["attn_variance"],
+                   "MLP variance": r["mlp_variance"]},
+        lambda r: {"last variance": r["variance"][-1], "largest |x|": r["top"][0],
+                   "|x| > 65504": int(r["over_float16"].sum())}),
 
     "gradients": Measure(
         "gradient norm and variance of each layer", gradients, "parameters",
-        {"gradient norm": "norm", "gradient variance": "variance"},
-        {"last layer's gradient": item("norm", -1)}),
+        lambda r: {"gradient norm": r["norm"], "gradient variance": r["variance"]},
+        lambda r: {"last layer's gradient": r["norm"][-1]}),
 
     "weights": Measure(
         "weight norms and sparsity, gates, output-norm gains", weights, "parameters",
-        {"attention weights": "attn_norm", "MLP weights": "mlp_norm", "gate a": "gates", "1 - act(a)": "gate_scale",
-         "attention out gain": "attn_out_gain", "MLP out gain": "mlp_out_gain",
-         "attention weights / first run's": "attn_norm_ratio", "MLP weights / first run's": "mlp_norm_ratio"},
-        {**{f"matrices |w| < {e:g}": item("sparsity_matrices", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
-         **{f"parameters |w| < {e:g}": item("sparsity_all", i) for i, e in enumerate(WEIGHT_THRESHOLDS)},
-         "attention weights / first run's": "attn_norm_ratio", "MLP weights / first run's": "mlp_norm_ratio"}),
+        lambda r: {"attention weights": r["attn_norm"], "MLP weights": r["mlp_norm"],
+                   "gate a": r.get("gates"), "1 - act(a)": r.get("gate_scale"),
+                   "attention out gain": r["attn_out_gain"], "MLP out gain": r["mlp_out_gain"],
+                   "attention weights / first run's": r.get("attn_norm_ratio"),
+                   "MLP weights / first run's": r.get("mlp_norm_ratio")},
+        lambda r: {**by_threshold("matrices |w| < {:g}", WEIGHT_THRESHOLDS, r["sparsity_matrices"]),
+                   **by_threshold("parameters |w| < {:g}", WEIGHT_THRESHOLDS, r["sparsity_all"]),
+                   "attention weights / first run's": r.get("attn_norm_ratio"),
+                   "MLP weights / first run's": r.get("mlp_norm_ratio")}),
 
     "jacobian": Measure(
         "each layer's Jacobian", jacobian, "jacobian",
-        {"|J - I|": "deviation", "|J - I| / d": "deviation_per_d", "off-diagonal": "off_diagonal",
-         "off-diagonal rms": "off_diagonal_rms", "diagonal mean": "diagonal_mean", "diagonal std": "diagonal_std",
-         "spectral norm": "spectral_norm"},
-        {"mean |J - I|": "deviation"}),
+        lambda r: {"|J - I|": r["deviation"], "|J - I| / d": r["deviation_per_d"], "off-diagonal": r["off_diagonal"],
+                   "off-diagonal rms": r["off_diagonal_rms"], "diagonal mean": r["diagonal_mean"],
+                   "diagonal std": r["diagonal_std"], "spectral norm": r["spectral_norm"]},
+        lambda r: {"mean |J - I|": r["deviation"]}),
 
     "end_to_end": Measure(
-        "size of the last state's derivative by the first", end_to_end, "jacobian", {},
-        {"|dx_{L+1} / dx_1|": lambda r: r}),
+        "size of the last state's derivative by the first", end_to_end, "jacobian",
+        lambda r: {},
+        lambda r: {"|dx_{L+1} / dx_1|": r}),
 
     "attention": Measure(
         "sparsity and entropy of the attention, head maps", Attention, "attention",
-        {**{f"share < {e:g}": item("causal_sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-         **{f"< {e:g} of T^2": item("sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-         "entropy, nats": "entropy"},
-        {**{f"attention < {e:g}": item("causal_sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-         **{f"attention < {e:g}, of T^2": item("sparsity", i) for i, e in enumerate(ATTENTION_THRESHOLDS)},
-         "attention entropy": "entropy"}),
+        lambda r: {**by_threshold("share < {:g}", ATTENTION_THRESHOLDS, r["causal_sparsity"]),
+                   **by_threshold("< {:g} of T^2", ATTENTION_THRESHOLDS, r["sparsity"]), "entropy, nats": r["entropy"]},
+        lambda r: {**by_threshold("attention < {:g}", ATTENTION_THRESHOLDS, r["causal_sparsity"]),
+                   **by_threshold("attention < {:g}, of T^2", ATTENTION_THRESHOLDS, r["sparsity"]),
+                   "attention entropy": r["entropy"]}),
 
     "experts": Measure(
         "load, dead experts, router entropy", Experts, "experts",
-        {"dead experts": "dead", "router entropy, nats": "entropy"},
-        {"dead experts": "dead", "router entropy": "entropy"},
+        lambda r: {"dead experts": r["dead"], "router entropy, nats": r["entropy"]},
+        lambda r: {"dead experts": r["dead"], "router entropy": r["entropy"]},
         ("share of the router's choices", "layer with experts", "expert", lambda r: r["load"])),
 }
 # fmt: on
-
-
-def look_up(result, get):
-    """What a row's `get` says of a measure's result: the value under a key, None without; or a function's."""
-    return result.get(get) if isinstance(get, str) else get(result)
 
 
 def shown_columns(result):
@@ -953,8 +919,8 @@ def shown_columns(result):
     heads of a layer are averaged."""
     L, groups = result["run"]["n_layer"], {}
     for name, measure in MEASURES.items():
-        for title, get in measure.columns.items() if name in result else ():
-            values = look_up(result[name], get)
+        columns = measure.columns(result[name]) if name in result else {}
+        for title, values in columns.items():
             if values is None or values.isnan().all():
                 continue
             layers = torch.arange(L + 1 - len(values), L + 1)
@@ -970,15 +936,13 @@ def shown_totals(result):
     """{title: number or text} of a run as a whole."""
     totals = {}
     for name, measure in MEASURES.items():
-        for title, get in measure.totals.items() if name in result else ():
-            value = look_up(result[name], get)
-            if value is not None:
-                totals[title] = value.double().mean().item() if torch.is_tensor(value) else value
-    return totals
+        totals |= measure.totals(result[name]) if name in result else {}
+    totals = {title: value for title, value in totals.items() if value is not None}
+    return {k: v.double().mean().item() if torch.is_tensor(v) else v for k, v in totals.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs and text
+# Runs, their text, results and tables
 
 
 def load_run(out_dir, device="cpu"):
@@ -1012,8 +976,7 @@ def find_data(settings, checkpoint):
     folder = prepare_data.find_data(dataset, settings.data_dir or checkpoint["settings"]["data_dir"], "val")
     of_data, of_run = prepare_data.read_meta(folder).get("tokenizer"), checkpoint["tokenizer"]
     if of_data and not of_run:
-        text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
-        print(f"warning: {text}", file=sys.stderr)
+        warnings.warn(f"the run names no tokenizer: whether {folder} is of the same cannot be told")
     elif of_data and of_data != of_run:
         raise UserError(f"{folder} was made with tokenizer {of_data['name']}, the run with {of_run['name']}")
     return folder
@@ -1031,15 +994,11 @@ def load_batches(folder, config, tokens, batch_size, block_size=None, device="cp
     return list(zip(idx, targets))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results of a run, its tables
-
-
-def analyze_run(out_dir, folder, settings, device):
-    """All measures that the settings ask for, on the data in `folder`: {"run": what was measured, name: its result}."""
+def analyze_run(out_dir, settings, device):
+    """All measures that the settings ask for: {"run": what was measured, name: its result}."""
     model, checkpoint = load_run(out_dir, device)
-    config, names = model.config, settings.names()
-    if "experts" in names and not layers_with_experts(model):
+    config, names, folder = model.config, settings.names(), find_data(settings, checkpoint)
+    if "experts" in names and not config.n_expert:
         if settings.metrics != "all":
             raise UserError(f"metrics=experts: {out_dir} has no experts")
         names.remove("experts")
@@ -1047,33 +1006,33 @@ def analyze_run(out_dir, folder, settings, device):
     if layers and max(layers) > config.n_layer:
         raise UserError(f"--layers={settings.layers}: {out_dir} has layers 1 to {config.n_layer}")
     options = {"jacobian": {"layers": layers, "own_token": settings.own_token}}  # what a measure needs besides data
+    data = {}  # of the measures that are not of all the text
     if "choices" in names:
         if not checkpoint["tokenizer"]:
             raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-        questions = read_questions(settings.choices)
         options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
+        data["choices"] = read_questions(settings.choices)
     text = load_batches(folder, config, settings.tokens, settings.batch_size, settings.block_size, device)
     some = load_batches(folder, config, settings.jacobian_tokens, 1, settings.block_size, device)
+    data["jacobian"] = data["end_to_end"] = some
     n_tokens = sum(idx.numel() for idx, _ in text)
     print(f"{out_dir}: {config.norm}, {config.n_layer} layers x {config.n_embd}, step {checkpoint['step']}; ", end="")
     print(f"{n_tokens:,} held-out tokens of {folder}" + ", all there are" * (n_tokens < settings.tokens), flush=True)
     result = {"run": {"out_dir": str(out_dir), "norm": config.norm, "n_layer": config.n_layer, "n_embd": config.n_embd}}
     result["run"].update(step=checkpoint["step"], data=str(folder), tokens=n_tokens)
 
-    label = Path(out_dir).name
+    run_name = Path(out_dir).name
     if "usefulness" in names:
-        options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{label}: affine maps"))}
+        options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{run_name}: affine maps"))}
     shared = {}  # the classes share one pass, the functions make their own
     for name in names:
         compute = functools.partial(MEASURES[name].compute, model, **options.get(name, {}))
         if isinstance(MEASURES[name].compute, type):
             shared[name] = compute()
-        elif name == "choices":
-            result[name] = compute(questions)
         else:
-            result[name] = compute(progress(some if name in ("jacobian", "end_to_end") else text, f"{label}: {name}"))
+            result[name] = compute(progress(data.get(name, text), f"{run_name}: {name}"))
     if shared:
-        result.update(one_pass(model, progress(text, f"{label}: {', '.join(shared)}"), shared))
+        result.update(one_pass(model, progress(text, f"{run_name}: {', '.join(shared)}"), shared))
     if "jacobian" in names:
         result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in some)
     return result
@@ -1093,6 +1052,7 @@ def plain(value):
 
 def save_json(path, value):
     save_whole(path, lambda file: file.write(json.dumps(plain(value)).encode() + b"\n"))
+    print(f"wrote {path}")
 
 
 def print_table(head, rows):
@@ -1128,9 +1088,8 @@ def print_totals(results):
 
 def analyze_runs(settings, device):
     """Measures the runs one after the other: tables, analysis.json and figures."""
-    data = {}
     for out_dir in settings.out_dirs:  # before the long part: what can be missing
-        data[out_dir] = find_data(settings, load_run(out_dir)[1])
+        find_data(settings, load_run(out_dir)[1])
         read_log(run_folder(out_dir) / "log.jsonl")
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
@@ -1139,24 +1098,24 @@ def analyze_runs(settings, device):
     names = settings.out_dirs if len(set(names)) < len(names) else names
     results, ratios = {}, {}
     for name, out_dir in zip(names, settings.out_dirs):
-        result = results[name] = analyze_run(out_dir, data[out_dir], settings, device)
+        result = results[name] = analyze_run(out_dir, settings, device)
         first = results[names[0]]
         if "weights" in result and result is not first and result["run"]["n_layer"] == first["run"]["n_layer"]:
             ratios[name] = {}
             for part in ("attn", "mlp"):  # (L): norms of the weights over those of the first run (GPAS Figure 6)
-                ratio = result["weights"][f"{part}_norm"] / first["weights"][f"{part}_norm"]
-                ratios[name][part] = result["weights"][f"{part}_norm_ratio"] = ratio
+                ratios[name][part] = result["weights"][f"{part}_norm"] / first["weights"][f"{part}_norm"]
+                result["weights"][f"{part}_norm_ratio"] = ratios[name][part]
         print_run(result)
     print_totals(results)
     content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": ratios}
     save_json(folder / "analysis.json", content)
-    print(f"wrote {folder}/analysis.json")
     if settings.figures:
-        print(f"and {', '.join(sum((draw(results, folder) for draw in FIGURES), []))}")
+        for draw in (draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_kurtosis, draw_training):
+            draw(results, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures. `results` is {run: result}; each function draws into `folder` and returns the names of its files
+# Figures. `results` is {run: result}; each function draws into `folder`
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a dash and a marker for readers of grey.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"
@@ -1178,10 +1137,7 @@ def grid(n, n_columns=3, width=3.6, height=2.6):
 
     n_rows, n_columns = math.ceil(n / n_columns), min(n, n_columns)
     fig = Figure(figsize=(width * n_columns, height * n_rows + 0.5), layout="constrained")
-    axes = fig.subplots(n_rows, n_columns, squeeze=False)
-    for axis in axes.flat[n:]:
-        axis.remove()
-    return fig, list(axes.flat[:n])
+    return fig, [fig.add_subplot(n_rows, n_columns, i + 1) for i in range(n)]
 
 
 def label(axis, xlabel, ylabel):
@@ -1200,25 +1156,24 @@ def legend(fig, axes):
 
 
 def save(fig, path, title):
-    """Writes the figure and returns the file's name."""
+    """Writes the figure and says so."""
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=110)
-    return path.name
+    print(f"wrote {path}")
 
 
-def draw_lines(path, title, panels, names=(), n_columns=3, xticks=None):
-    """Writes a figure of lines, a panel for each (xlabel, ylabel, {name: (x, y)}), with one legend; [the file's name],
-    or [] without panels.
+def draw_lines(path, title, xlabel, panels, names=(), n_columns=3, xticks=None):
+    """Writes a figure of lines with one legend, a panel for each of {ylabel: {name: (x, y)}}; none if it is empty.
 
     A third element after x and y is a deviation, drawn as a band around y. A panel is logarithmic where its values are
     positive and span more than a factor of ten. A name has one style in all panels, and in all figures whose `names`
     begin alike. `xticks`: the values of x where they are not layers or steps.
     """
     if not panels:
-        return []
+        return
     fig, axes = grid(len(panels), n_columns, 11 / n_columns, 8 / n_columns)
-    styles = line_styles(dict.fromkeys([*names, *(name for _, _, lines in panels for name in lines)]))
-    for axis, (xlabel, ylabel, lines) in zip(axes, panels):
+    styles = line_styles(dict.fromkeys([*names, *(name for lines in panels.values() for name in lines)]))
+    for axis, (ylabel, lines) in zip(axes, panels.items()):
         for name, (x, y, *_) in lines.items():
             axis.plot(x, y, label=name, markevery=max(1, len(x) // 12), **styles[name])
         low, high = axis.dataLim.intervaly
@@ -1228,34 +1183,33 @@ def draw_lines(path, title, panels, names=(), n_columns=3, xticks=None):
             for d in deviation:
                 axis.fill_between(x, y - d, y + d, color=styles[name]["color"], alpha=0.2, lw=0)
         label(axis, xlabel, ylabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
         if xticks:
             axis.set_xscale("log" if 0 < 4 * xticks[0] <= xticks[-1] else "linear")
             axis.set_xticks(xticks, map(str, xticks))
             axis.minorticks_off()
     legend(fig, axes)
-    return [save(fig, path, title)]
+    save(fig, path, title)
 
 
 def draw_maps(path, title, maps, xlabel, ylabel, n_columns=3):
-    """Writes a figure of heat maps on one scale, a panel for each (title, matrix); [the file's name], or [] without
-    maps. Rows and columns are numbered from 1."""
+    """Writes a figure of heat maps {title: matrix} on one scale, their rows and columns numbered from 1; none without
+    maps."""
     if not maps:
-        return []
-    values = torch.cat([matrix.flatten() for _, matrix in maps])
+        return
+    values = torch.cat([matrix.flatten() for matrix in maps.values()])
     highest = max(values[values.isfinite()].tolist(), default=1.0)
     fig, axes = grid(len(maps), n_columns, min(3.6, 11 / n_columns), min(3.1, 10 / n_columns))
-    for axis, (name, matrix) in zip(axes, maps):
+    for axis, (name, matrix) in zip(axes, maps.items()):
         n, m = matrix.shape
         options = {"extent": (0.5, m + 0.5, n + 0.5, 0.5), "aspect": "auto", "interpolation": "nearest"}
         drawn = axis.imshow(matrix.cpu().numpy(), vmin=0, vmax=highest, **options)
         axis.set_title(name, fontsize=8)
         label(axis, xlabel, ylabel)
         axis.grid(False)
-        for side in (axis.xaxis, axis.yaxis):
-            side.get_major_locator().set_params(integer=True)
+        axis.locator_params(integer=True)
     fig.colorbar(drawn, ax=axes, fraction=0.03)
-    return [save(fig, path, title)]
+    save(fig, path, title)
 
 
 def spread(n, most):
@@ -1270,69 +1224,60 @@ def of_measure(results, name):
 
 def draw_columns(results, folder):
     """For each group of measures a figure of its columns, the runs over each other."""
-    groups = {}  # {group: {title: its panel}}
+    groups = {}  # {group: {title: {run: (layers, values)}}}
     for run_name, result in results.items():
         for group, columns in shown_columns(result).items():
             for title, values in columns.items():
                 layers = values.isfinite().nonzero().flatten()
-                panel = "layer (0: embedding)" if 0 in layers else "layer", title, {}
-                _, _, lines = groups.setdefault(group, {}).setdefault(title, panel)
-                lines[run_name] = layers, values[layers]
-    written = []
+                groups.setdefault(group, {}).setdefault(title, {})[run_name] = layers, values[layers]
     for group, panels in groups.items():
-        written += draw_lines(folder / f"{group}.png", group, panels.values(), results)
-    return written
+        draw_lines(folder / f"{group}.png", group, "layer (0: embedding)", panels, results)
 
 
 def draw_matrices(results, folder):
     """The measures' matrices, a map a run on one scale."""
-    written = []
     for name, measure in MEASURES.items():
         if measure.matrix:
             title, rows, columns, get = measure.matrix
-            maps = [(run_name, get(result)) for run_name, result in of_measure(results, name).items()]
-            written += draw_maps(folder / f"{name}_map.png", title, maps, columns, rows)
-    return written
+            maps = {run_name: get(result) for run_name, result in of_measure(results, name).items()}
+            draw_maps(folder / f"{name}_map.png", title, maps, columns, rows)
 
 
 def draw_jacobians(results, folder):
-    """|J|^0.3 of up to four layers, a row of maps a run (Sparsity Figure 12)."""
-    measured, maps = of_measure(results, "jacobian"), []
-    n_columns = min([4, *(len(r["layers"]) for r in measured.values())])
-    for run_name, r in measured.items():
-        for i in spread(len(r["layers"]), n_columns):
-            maps.append((f"{run_name}, layer {r['layers'][i]}", (r["matrices"][i].abs() ** 0.3).clamp(max=1)))
+    """|J|^0.3 of up to four layers of each run (Sparsity Figure 12)."""
+    maps = {}
+    for run_name, r in of_measure(results, "jacobian").items():
+        for i in spread(len(r["layers"]), 4):
+            maps[f"{run_name}, layer {r['layers'][i]}"] = (r["matrices"][i].abs() ** 0.3).clamp(max=1)
     path, title = folder / "jacobian_maps.png", "Jacobian, |J|^0.3, cut at 1"
-    return draw_maps(path, title, maps, "input dimension", "output dimension", n_columns)
+    draw_maps(path, title, maps, "input dimension", "output dimension", 4)
 
 
 def draw_attention(results, folder):
     """A^0.2 of up to four layers by up to four heads, and of head 1 of every layer, two files a run (Sparsity
     Figure 6)."""
-    written = []
     for run_name, r in of_measure(results, "attention").items():
         ending = ".png" if len(results) == 1 else f"_{run_name.replace('/', '_')}.png"
         maps = r["maps"] ** 0.2  # (L, n_head, P, P)
         layers, heads = spread(maps.shape[0], 4), spread(maps.shape[1], 4)
-        some = [(f"layer {l + 1}, head {h + 1}", maps[l, h]) for l in layers for h in heads]
+        some = {f"layer {l + 1}, head {h + 1}": maps[l, h] for l in layers for h in heads}
         title = f"{run_name}: attention weights A, (mean over sequences)^0.2"
-        path = folder / f"attention_maps{ending}"
-        written += draw_maps(path, title, some, "key position", "query position", len(heads))
-        some = [(f"layer {l}", A) for l, A in enumerate(maps[:, 0], 1)]
+        draw_maps(folder / f"attention_maps{ending}", title, some, "key position", "query position", len(heads))
+        first = {f"layer {l}": A for l, A in enumerate(maps[:, 0], 1)}
         title = f"{run_name}: head 1 of every layer, (mean over sequences)^0.2"
-        written += draw_maps(folder / f"first_heads{ending}", title, some, "key", "query", 6)
-    return written
+        draw_maps(folder / f"first_heads{ending}", title, first, "key", "query", 6)
 
 
 def draw_kurtosis(results, folder):
     """The kurtosis of each dimension of up to five states, sorted; a panel a run (Sparsity Eq. 19)."""
-    panels = []
+    panels = {}
     for run_name, r in of_measure(results, "stream").items():
-        kurtosis, lines = r["kurtosis_per_dim"].cpu().sort(descending=True).values, {}
+        kurtosis = r["kurtosis_per_dim"].cpu().sort(descending=True).values
+        lines = panels[f"{run_name}: kurtosis (3: Gaussian)"] = {}
         for l in spread(len(kurtosis), 5):
             lines[f"after layer {l}" if l else "embedding"] = range(kurtosis.shape[1]), kurtosis[l]
-        panels.append(("dimension, sorted", f"{run_name}: kurtosis (3: Gaussian)", lines))
-    return draw_lines(folder / "kurtosis.png", "kurtosis over tokens of each dimension of the stream", panels)
+    title = "kurtosis over tokens of each dimension of the stream"
+    draw_lines(folder / "kurtosis.png", title, "dimension, sorted", panels)
 
 
 # What draw_training shows of a run's log, and how its axis names it.
@@ -1369,26 +1314,25 @@ def draw_training(results, folder):
     paths = {}
     for run_name, result in results.items():
         paths.setdefault(run_folder(result["run"]["out_dir"]) / "log.jsonl", run_name)  # stages of a run have one log
-    logs, panels = {run_name: read_log(path) for path, run_name in paths.items()}, []
+    logs, panels = {run_name: read_log(path) for path, run_name in paths.items()}, {}
     for key, ylabel in LOGGED.items():
         lines = {}
         for run_name, log in logs.items():
             steps, values = logged(log, key)
+            if not steps:
+                continue
             if values.dim() == 3:  # a gate for each sub-layer
                 values = values.mean(2)
-            if values.dim() == 1 and steps:
+            if values.dim() == 1:
                 lines[run_name] = steps, values
-            elif steps and len(logs) == 1:
+            elif len(logs) == 1:
                 lines |= {f"layer {l}": (steps, column) for l, column in enumerate(values.T, 1)}
-            elif steps:
+            else:
                 lines[run_name] = steps, values.mean(1) if key == "gates" else values[:, -1]
         if lines:
-            panels.append(("step", ylabel, lines))
+            panels[ylabel] = lines
     title = "training" + "; the last layer, the mean of the gates" * (len(logs) > 1)
-    return draw_lines(folder / "dynamics.png", title, panels, results)
-
-
-FIGURES = draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_kurtosis, draw_training
+    draw_lines(folder / "dynamics.png", title, "step", panels, results)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1416,12 +1360,11 @@ def read_sweep(folder, settings, device):
     columns   {title: (L) float64}, totals {title: number}: from the log, and of --metrics if some are asked for
     curves    {title: [(step, value)]} over training
     """
-    runs, given = [], []
+    runs = []
     for run_dir in sorted(path.parent for path in folder.glob("*/ckpt.pt")):
         model, checkpoint = load_run(run_dir, device)
-        log, columns, totals, curves = read_log(run_dir / "log.jsonl"), {}, {}, {}
-        given.append(checkpoint["settings"])
-        state = "finished" if checkpoint["step"] >= given[-1].get("max_iters", 0) else "unfinished"
+        given, log, columns, totals, curves = checkpoint["settings"], read_log(run_dir / "log.jsonl"), {}, {}, {}
+        state = "finished" if checkpoint["step"] >= given.get("max_iters", 0) else "unfinished"
         if any("diverged" in record for record in log):
             state = "diverged"
         steps, variance = logged(log, "variance")  # (steps, L)
@@ -1435,18 +1378,19 @@ def read_sweep(folder, settings, device):
         steps, losses = logged(log, "loss")
         curves["training loss, nats"] = list(zip(steps, losses.tolist()))
         if settings.metrics != "all" and state == "finished":
-            result = analyze_run(run_dir, find_data(settings, checkpoint), settings, device)
+            result = analyze_run(run_dir, settings, device)
             totals |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
             for group in shown_columns(result).values():
                 columns |= {title: values[1:] for title, values in group.items()}
         entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint["val_loss"]}
-        runs.append(entry | {"columns": columns, "totals": totals, "curves": curves})
+        entry |= {"columns": columns, "totals": totals, "curves": curves}
+        entry["settings"] = {k: str(v) if isinstance(v, (list, dict)) else v for k, v in given.items()}
+        runs.append(entry)
     if not runs:
         raise UserError(f"no run in {folder} has saved a checkpoint yet")
-    given = [{k: str(v) if isinstance(v, (list, dict)) else v for k, v in of_run.items()} for of_run in given]
-    names = differing(given)
-    for entry, of_run in zip(runs, given):
-        entry["settings"] = {name: of_run[name] for name in names}
+    names = differing([entry["settings"] for entry in runs])
+    for entry in runs:
+        entry["settings"] = {name: entry["settings"][name] for name in names}
     return runs
 
 
@@ -1544,18 +1488,18 @@ def mean_line(points):
 def draw_losses(runs, name, folder):
     """Held-out loss against a setting with numbers, a line for each combination of the others: mean, and the standard
     deviation over seeds. The legend says where runs diverged."""
-    lines = {}
+    values, lines = sorted({entry["settings"][name] for entry in runs}), {}
     for key, others in by_group(runs, without=("seed", name)).items():
         line, points = ", ".join(str(value) for _, value in key) or "all", {}
-        for value, group in ((dict(k)[name], g) for k, g in by_group(others).items()):
+        for value in values:
+            group = [entry for entry in others if entry["settings"][name] == value]
             if finished_losses(group):
                 points[value] = finished_losses(group)
             if any(entry["state"] == "diverged" for entry in group):
                 line += f", diverged at {value}"
         lines[line] = mean_line(points)
     path, title = folder / f"loss_by_{name}.svg", f"Held-out loss against {name}, mean and deviation over seeds"
-    values = sorted({entry["settings"][name] for entry in runs})
-    return draw_lines(path, title, [(name, "held-out loss, nats", lines)], (), 2, values)
+    draw_lines(path, title, name, {"held-out loss, nats": lines}, (), 2, values)
 
 
 def draw_groups(runs, folder):
@@ -1564,17 +1508,18 @@ def draw_groups(runs, folder):
     groups = {}
     for key, group in (best_groups(runs) or by_group(runs)).items():
         groups[", ".join(str(value) if name == "norm" else f"{name}={value}" for name, value in key) or "all"] = group
-    written = []
     for part, xlabel, file in (("columns", "layer", "layers"), ("curves", "step", "training")):
-        titles = {}  # {title: {line: {x: values of the seeds}}}
-        for line, group in groups.items():
-            for title, curve in (pair for entry in group for pair in entry[part].items()):
-                for x, y in enumerate(curve.tolist(), 1) if part == "columns" else curve:
-                    titles.setdefault(title, {}).setdefault(line, {}).setdefault(x, []).append(y)
-        panels = [(xlabel, title, {line: mean_line(p) for line, p in lines.items()}) for title, lines in titles.items()]
+        panels = {}
+        for ylabel in dict.fromkeys(title for entry in runs for title in entry[part]):
+            for line, group in groups.items():
+                points = {}  # {x: a value for each seed}
+                for curve in [entry[part][ylabel] for entry in group if ylabel in entry[part]]:
+                    for x, y in enumerate(curve.tolist(), 1) if part == "columns" else curve:
+                        points.setdefault(x, []).append(y)
+                if points:
+                    panels.setdefault(ylabel, {})[line] = mean_line(points)
         title = f"{file.capitalize()}: mean and deviation over seeds, best learning rate"
-        written += draw_lines(folder / f"{file}.svg", title, panels, groups, 2)
-    return written
+        draw_lines(folder / f"{file}.svg", title, xlabel, panels, groups, 2)
 
 
 def is_value(text, value):
@@ -1604,14 +1549,13 @@ def analyze_sweep(settings, device):
     text = sweep_tables(runs, baseline[0])
     print(text)
     save_whole(folder / "sweep.md", lambda file: file.write(text.encode()))
+    print(f"wrote {folder}/sweep.md")
     save_json(folder / "sweep.json", runs)
-    written = ["sweep.md", "sweep.json"]
     if settings.figures:
         for name in names:
             if all(type(entry["settings"][name]) in (int, float) for entry in runs):
-                written += draw_losses(runs, name, folder)
-        written += draw_groups(runs, folder)
-    print(f"wrote {folder}/{', '.join(written)}")
+                draw_losses(runs, name, folder)
+        draw_groups(runs, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
