@@ -241,13 +241,13 @@ class Stream:
                                   Gaussian has 3; nan for a dimension that does not vary, which the mean leaves out
     largest              (L + 1)  largest |x|; massive activations (Peri-LN Figure 11)
     over_float16         (L + 1)  how many |x| exceed float16's 65504
-    top, top_state       (100)    the largest |x| of all tokens and states, descending, and their index in 0..L
+    top, top_state       (100)    the largest |x| of all tokens and states, descending, and their state i, x_{i+1}
     """
 
     def __init__(self, model):
         L, d = len(model.blocks), model.config.n_embd
         self.variance, self.magnitude, self.largest, self.over_float16 = (zeros(model, L + 1) for _ in range(4))
-        self.inside = {name: zeros(model, L) for name in ("attn", "mlp", "attn_module", "mlp_module")}
+        self.branches = {name: zeros(model, L) for name in ("attn", "mlp", "attn_module", "mlp_module")}
         self.powers, self.shift, self.n = zeros(model, 4, L + 1, d), None, 0  # powers: sums of (x - shift)^1..4
         self.top, self.top_state = zeros(model, 0), zeros(model, 0).long()
 
@@ -267,14 +267,15 @@ class Stream:
             square = y * y
             for power, value in zip(self.powers, (y, square, square * y, square * square)):
                 power[i] += value.sum(0)
-        for name, total in self.inside.items():
-            for l, layer in enumerate(trace.inside):
-                total[l] += layer[name].var(-1, correction=0).double().sum() if name in layer else math.nan
+        for name, total in self.branches.items():
+            for i, layer in enumerate(trace.inside):
+                total[i] += layer[name].var(-1, correction=0).double().sum() if name in layer else math.nan
         self.top, order = self.top.topk(min(TOP, len(self.top)))
         self.top_state = self.top_state[order]
         self.n += trace.n_tokens
 
     def result(self):
+        # From the means of (x - shift)^1..4 to the central moments, the means of (x - m1)^2 and ^4.
         m1, p2, p3, p4 = self.powers / self.n
         m2 = p2 - m1**2
         m4 = p4 - 4 * m1 * p3 + 6 * m1**2 * p2 - 3 * m1**4
@@ -282,7 +283,7 @@ class Stream:
         return {
             "variance": self.variance / self.n,
             "magnitude": self.magnitude / self.n,
-            **{f"{name}_variance": total / self.n for name, total in self.inside.items()},
+            **{f"{name}_variance": total / self.n for name, total in self.branches.items()},
             "kurtosis": kurtosis.nanmean(-1),
             "kurtosis_per_dim": kurtosis,
             "largest": self.largest,

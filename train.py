@@ -221,8 +221,9 @@ def train(checkpoint, changes, data, setup, stop):
     optimizer = build_optimizer(model, resumed, setup)
     gates = [g for g in model.gates() if g.requires_grad]
     others = [p for group in optimizer.param_groups if group["name"] != "gates" for p in group["params"]]
+    # The same weights three times: `model` has the names, `compiled` is what evaluations call, `net` what steps call.
     compiled = torch.compile(model) if setup.use_compile and not settings.shard else model
-    net = exchange_gradients(compiled, setup)  # what the steps call; the evaluation calls `compiled`
+    net = exchange_gradients(compiled, setup)
 
     begin = resumed or NEW_RUN
     step, skipped, tokens, val_loss = begin["step"], begin["skipped"], begin["tokens"], begin["val_loss"]
@@ -233,7 +234,7 @@ def train(checkpoint, changes, data, setup, stop):
     report_batch = get_batch(data.val, 0, min(8, len(data.val)), setup.device)
 
     def measure():
-        """(the held-out loss, stream_report's dict), both in the log."""
+        """Logs and returns the held-out loss and stream_report's dict."""
         check_shards(data.sizes)
         is_last = step >= settings.max_iters and settings.last_eval_iters is not None
         loss = evaluate(compiled, data.val, setup, settings.last_eval_iters if is_last else settings.eval_iters)
@@ -241,9 +242,9 @@ def train(checkpoint, changes, data, setup, stop):
             folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
         text, record = describe_loss(loss, data)
         print(f"step {step:5d}: {text}")
-        of_stream = stream_report(model, *report_batch[:2], autocast)
-        folder.log({"step": step, "tokens": tokens, **record, **of_stream})
-        return loss, of_stream
+        report = stream_report(model, *report_batch[:2], autocast)
+        folder.log({"step": step, "tokens": tokens, **record, **report})
+        return loss, report
 
     def save():
         folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
@@ -267,7 +268,8 @@ def train(checkpoint, changes, data, setup, stop):
             # The mean over all tokens of the step that have a target, wherever they are: each micro-batch counts by its
             # share of them, n / n_targets. DDP and FSDP divide the sum of gradients by the number of processes: the
             # factor processes.size undoes this.
-            n_targets, loss = processes.sum(sum(n for *_, n in batches))[0], 0
+            n_targets = processes.sum(sum(n for *_, n in batches))[0]
+            loss = 0
             if not n_targets:
                 raise UserError(f"no token of step {step} has a target: all are prompts, or cut before the answer")
             for i, (x, y, n) in enumerate(batches):
@@ -276,7 +278,8 @@ def train(checkpoint, changes, data, setup, stop):
                     part = net(x, y)[1] * (n * processes.size / n_targets)
                 part.backward()
                 loss = loss + part.detach() / processes.size
-            last_batches, batches = batches, read_step(data, step + 1, setup)  # while CUDA computes
+            # The next batches load while CUDA computes; the last ones are kept for the report of a nan.
+            last_batches, batches = batches, read_step(data, step + 1, setup)
             layer_norms = gradient_norms(model) if (step + 1) % settings.log_interval == 0 else None
             grad_norm, gate_norm = clip(others, settings.grad_clip), clip(gates, settings.gate_clip)
             loss, n_stops = processes.sum(loss.item(), stop.is_asked())
@@ -305,8 +308,8 @@ def train(checkpoint, changes, data, setup, stop):
             with timed(times.evaluations):
                 val_loss, report = measure()
                 save()
-        elif not skipped and (is_stopping or is_kept(step, settings)):
-            save()  # not after skipped steps: the checkpoint from before them stays
+        elif skipped == 0 and (is_stopping or is_kept(step, settings)):  # else the checkpoint from before them stays
+            save()
 
     processes.wait()  # for the checkpoint
     if is_stopping and step < settings.max_iters:
