@@ -920,12 +920,12 @@ def write_sample(model, tokenizer, prompt, setup):
 
 
 class RunFolder:
-    """settings.out_dir, in which the process of rank 0 writes. What was there stays as it is until the first evaluation
-    of a new run; then the log that was there becomes log_previous.jsonl."""
+    """settings.out_dir, in which the process of rank 0 writes. What was there stays as it is until a new run has saved
+    its first checkpoint; then the log that was there becomes log_previous.jsonl."""
 
     def __init__(self, resumed, changes, setup):
         """The log of a run that is `resumed`, a checkpoint, is kept up to it, with a line of `changes`."""
-        self.setup, self.path, self.loggers = setup, Path(setup.settings.out_dir), []
+        self.setup, self.path, self.loggers, self.lines = setup, Path(setup.settings.out_dir), [], []
         self.is_main, self.log_path = setup.processes.rank == 0, self.path / "log.jsonl"
         self.saved_step = resumed["step"] if resumed else None
         step = self.saved_step or 0
@@ -943,14 +943,18 @@ class RunFolder:
             self.log({"step": self.saved_step, "changed": changes})
 
     def log(self, record):
-        """Adds a line, a dict with `step`."""
-        if self.is_main:
-            if self.saved_step is None and self.log_path.exists():  # the first line of a new run
-                self.log_path.replace(self.path / "log_previous.jsonl")
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+        """Adds a line, a dict with `step`, which waits for the first checkpoint."""
+        self.lines.append(json.dumps(record) + "\n")
         for logger in self.loggers:
             logger(record["step"], flat(record))
+        if self.saved_step is not None:
+            self.write_lines()
+
+    def write_lines(self):
+        if self.is_main:
+            with open(self.log_path, "a") as file:
+                file.writelines(self.lines)
+        self.lines.clear()
 
     def save(self, model, optimizer, data, step, **more):
         """Writes ckpt.pt, with `more` fields; all processes take part."""
@@ -969,7 +973,10 @@ class RunFolder:
             save_checkpoint(self.path / "ckpt.pt", state)
             if is_kept(step, settings):
                 give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
+            if self.saved_step is None and self.log_path.exists():  # an earlier run's
+                self.log_path.replace(self.path / "log_previous.jsonl")
         self.saved_step = step
+        self.write_lines()
 
     def end_where_not_finite(self, step, what, model, batches):
         """UserError, and a line in the log, that says where the first value that is not finite arises in a pass over

@@ -884,6 +884,10 @@ def test_a_failing_start_leaves_the_run_that_was_there(folder, tmp_path):
     assert done.returncode == 2 and "nothing was saved yet, the run that was there is untouched" in done.stderr
     with mock.patch.dict(sys.modules, {"wandb": None}):
         assert call(*args, "--wandb", cwd=folder).returncode == 2
+    (run / "ckpt.pt.partial").symlink_to("/dev/full")
+    done = call(*args, cwd=folder)
+    assert done.returncode == 2 and "No space left on device" in done.stderr
+    (run / "ckpt.pt.partial").unlink(missing_ok=True)
     assert {name: (run / name).read_bytes() for name in before} == before
     assert call(*args, cwd=folder).returncode == 0
     assert (run / "log_previous.jsonl").read_bytes() == before["log.jsonl"]
