@@ -786,10 +786,13 @@ def test_ctrl_c_ends_in_one_line(big, tmp_path, seconds):
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 or (seconds and process.returncode == 0)  # it may have been done
-    if process.returncode and seconds:
+    if (tmp_path / "d").exists():  # it was done; a process that is about to end may end by the signal
+        assert seconds and process.returncode in (0, 130, -signal.SIGINT)
+        return
+    assert process.returncode == 130
+    if seconds:
         assert err == "error: interrupted; what was saved before is untouched\n"
-    elif process.returncode:  # on a busy machine a worker that is not yet up may say that its parent has gone
+    else:  # on a busy machine a worker that is not yet up may say that its parent has gone
         assert "error: interrupted; what was saved before is untouched\n" in err
 
 
