@@ -1390,6 +1390,8 @@ def read_sweep(folder, settings, device):
     if not runs:
         raise UserError(f"no run in {folder} has saved a checkpoint yet")
     names = differing([entry["settings"] for entry in runs])
+    if set(names) <= {"seed"}:
+        names = ["norm", *names]  # one scheme, over seeds
     for entry in runs:
         entry["settings"] = {name: entry["settings"][name] for name in names}
     return runs
@@ -1539,9 +1541,6 @@ def analyze_sweep(settings, device):
     if n_young:
         print(f"runs that have saved no checkpoint yet, left out here: {n_young}")
     names = [name for name in runs[0]["settings"] if name != "seed"]
-    if not names:
-        what = f"the {len(runs)} runs with a checkpoint in {folder} differ in no setting but the seed"
-        raise UserError(f"{what}; if more were to be trained, give the command of the sweep again")
     values = list(dict.fromkeys(entry["settings"][names[0]] for entry in runs))
     wanted = settings.baseline or ("pre" if "pre" in values else str(values[0]))
     baseline = [value for value in values if is_value(wanted, value)]
