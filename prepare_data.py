@@ -720,7 +720,8 @@ def stdlib_files():
 def kind_of(path):
     """text, jsonl or parquet by the suffix, after which one of a compression may stand; None for any other."""
     suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
-    return SUFFIXES.get(suffixes[-1]) if suffixes else None
+    kind = SUFFIXES.get(suffixes[-1]) if suffixes else None
+    return None if kind == "parquet" and Path(path).suffix in COMPRESSIONS else kind
 
 
 def optional(module):

@@ -970,11 +970,14 @@ class RunFolder:
             **more,
         }
         if self.is_main:
+            is_first = self.saved_step is None
+            if is_first and self.log_path.exists():  # an earlier run's
+                give_second_name(self.log_path, self.path / "log_previous.jsonl")
             save_checkpoint(self.path / "ckpt.pt", state)
+            if is_first:
+                self.log_path.unlink(missing_ok=True)
             if is_kept(step, settings):
                 give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
-            if self.saved_step is None and self.log_path.exists():  # an earlier run's
-                self.log_path.replace(self.path / "log_previous.jsonl")
         self.saved_step = step
         self.write_lines()
 
@@ -1182,7 +1185,8 @@ def connected_processes():
             if rank:
                 sys.stdout = open(os.devnull, "w")
                 warnings.simplefilter("ignore")
-            dist.init_process_group(store=store, rank=rank, world_size=size)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         yield processes
     except BaseException as error:
         # What DDP made must be gone before the connection is: in the other order the last reference to the connection
@@ -1289,9 +1293,11 @@ class Trial:
     def read_log(self):
         """Notes step, loss and that it diverged from its log, if its process, where it has one, has written there."""
         log = self.folder / "log.jsonl"
-        if not log.exists() or os.path.getmtime(log) < self.started:
+        try:
+            records = read_log(log) if os.path.getmtime(log) >= self.started else []
+        except (FileNotFoundError, UserError):  # none yet, renamed just now, or damaged: then the run itself says so
             return
-        for record in read_log(log):
+        for record in records:
             self.step, self.loss = record["step"], record.get("val_loss", self.loss)
             if "diverged" in record:
                 self.outcome = f"diverged: {record['diverged']}"
@@ -1352,7 +1358,7 @@ def sweep(given, processes, stop):
 
 def build_trial(name, folder, given):
     """The Trial of a combination as its folder holds it. UserError for what would end its run at the start, and if the
-    run that is there began with other settings or is being trained."""
+    run that is there has other settings or is being trained."""
     base_config, base = settings_of_run(given)  # of the run that is fine-tuned
     settings = build_settings(Settings, {**base_config, **given})
     if settings.shard:
@@ -1369,15 +1375,20 @@ def build_trial(name, folder, given):
         return trial
 
     with prepare_data.locked(folder, f"training in {folder}"):
-        checkpoint, began_with = open_checkpoint(folder), read_config_file(Settings, str(folder / "settings.py"))
-        earlier = build_settings(Settings, {**base_config, **began_with})
-        for field in fields(Settings):
-            before, now = getattr(earlier, field.name), getattr(settings, field.name)
-            if before != now and field.name not in MAY_DIFFER:
-                raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
+        trial.read_log()  # which may say that it diverged
+        checkpoint = open_checkpoint(folder)
+    of_run = dict(checkpoint["settings"])
+    if (folder / "settings.py").exists():  # what the run began with; its checkpoint says how it was continued
+        began_with = read_config_file(Settings, str(folder / "settings.py"))
+        of_run |= {name: began_with.get(name, getattr(Settings, name)) for name in ("init_from", "dtype")}
+    for field in fields(Settings):
+        before, now = of_run.get(field.name, field.default), getattr(settings, field.name)
+        has_effect = field.name != "eval_iters" or settings.last_eval_iters is None
+        if before != now and has_effect and field.name not in MAY_DIFFER:
+            raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
+    if not trial.outcome:
         trial.step, trial.loss = checkpoint["step"], checkpoint["val_loss"]
         trial.outcome = "finished" if trial.step >= settings.max_iters else ""
-        trial.read_log()  # which may say that it diverged
     return trial
 
 
@@ -1433,7 +1444,8 @@ def train_trial(trial, free, stop):
         trial.folder.mkdir(parents=True, exist_ok=True)
         config, log = trial.folder / "settings.py", trial.folder / "train.log"
         given = {name: value for name, value in trial.given.items() if name not in ("overwrite", "jobs")}
-        config.write_text("".join(f"{name} = {value!r}\n" for name, value in given.items()))
+        text = "".join(f"{name} = {value!r}\n" for name, value in given.items())
+        save_whole(config, lambda file: file.write(text.encode()))
         command = [sys.executable, __file__, config, "--init_from=resume" if is_resumed else "--overwrite"]
         environment = {**os.environ, **place, SWEEP: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         trial.started = time.time()
@@ -1451,9 +1463,12 @@ def train_trial(trial, free, stop):
             said = log.read_text(errors="replace").strip() or "it said nothing"
             last_line = said.splitlines()[-1].removeprefix("error: ")
             trial.outcome = f"failed: killed by {signal.Signals(-code).name}" if code < 0 else f"failed: {last_line}"
+    except UserError as error:
+        trial.outcome = f"failed: {error}"
     except OSError as error:
         trial.outcome = f"failed: {error.filename}: {error.strerror}"
-    free.append(place)
+    finally:
+        free.append(place)
     if trial.outcome:
         print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
 

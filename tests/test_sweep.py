@@ -126,6 +126,17 @@ def test_another_precision_or_other_first_weights(swept):
     assert files(swept / "out-sweep") == before
 
 
+def test_an_overwriting_sweep_that_ended_before_its_first_checkpoint(swept):
+    """Its settings.py is the new run's, its checkpoint still the earlier one's."""
+    shutil.copytree(swept / "out-sweep", swept / "early")
+    for run in (swept / "early").iterdir():
+        with open(run / "settings.py", "a") as file:
+            file.write("weight_decay = 0.5\n")
+    args = "tiny.py", "norms.py", "--learning_rate=1e-3,1e38", "--out_dir=early", "--weight_decay=0.5"
+    done = call(*args, cwd=swept)
+    assert done.returncode == 2 and "weight_decay 0.1, not 0.5; --overwrite" in done.stderr
+
+
 def test_a_run_that_lost_its_checkpoint_is_not_overwritten(swept):
     shutil.copytree(swept / "out-sweep", swept / "lost")
     (swept / "lost" / NAMES[0] / "ckpt.pt").unlink()
