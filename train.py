@@ -1220,13 +1220,13 @@ def plan(settings):
     with torch.device("meta"):
         model = GPT(settings.architecture(settings.vocab_size or prepare_data.byte_encoding().n_vocab))
     count, G, tokens = model.count_params(), 1e9, settings.tokens_per_step * settings.max_iters
-    tied = count["non_embedding"] + model.lm_head.weight.numel()
+    one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
     # The weight, its gradient and AdamW's two moments, in float32 unless weights are bfloat16.
     state = (8 if settings.dtype == "bfloat16_pure" else 16) * count["total"] / (settings.gpus if settings.shard else 1)
     flops, activations = model.flops_per_token(), activation_bytes(model, settings)
     return (
         f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters\n"
-        f"  {count['active']:,} active, {tied:,} with one vocabulary matrix, {count['non_embedding']:,} with none\n"
+        f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, {count['non_embedding']:,} with none\n"
         f"  {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens: {tokens / G:.3g}G tokens\n"
         f"  {flops / G:.3g} GFLOP a token, {flops * tokens:.3g} FLOP in all\n"
         f"  on each of {settings.gpus} GPUs: {settings.tokens_per_step // settings.gpus:,} tokens a step, "
@@ -1409,15 +1409,16 @@ def train_trials(trials, folder, stop):
     free = [places[i % len(places)] for i in range(n_jobs)]
     if waiting:
         print(f"{len(waiting)} runs, {n_jobs} at a time; see train.log in their folders", file=sys.stderr)
-    started, before, shown = time.monotonic(), share_done(trials), None
+    started, before, shown, is_terminal = time.monotonic(), share_done(trials), None, sys.stderr.isatty()
     with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_jobs) as pool:
         futures = [pool.submit(train_trial, trial, free, stop) for trial in waiting]
         while wait(futures, timeout=1).not_done:
             share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)
-            if share > before and (n_ended != shown or sys.stderr.isatty()):
-                left, shown = (time.monotonic() - started) * (1 - share) / (share - before), n_ended
+            if share > before and (is_terminal or n_ended != shown):
+                left = (time.monotonic() - started) * (1 - share) / (share - before)
                 text = f"{n_ended} of {len(trials)} runs have ended, {share:.0%} of the steps, about {clock(left)} left"
-                print(text.ljust(100), end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr)
+                print(text.ljust(100), end="\r" if is_terminal else "\n", file=sys.stderr)
+                shown = n_ended
     for future in futures:
         future.result()
 

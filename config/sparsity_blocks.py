@@ -6,4 +6,4 @@ from config.sparsity_length import *
 
 n_embd, n_hidden, n_head = 1536, 4608, 12
 norm_eps = 1e-5
-max_iters = 1500
+max_iters, max_tokens = 1500, None
