@@ -826,6 +826,7 @@ class GroupedLinear(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 # The form of gpas that saves memory
 
+
 class ScaleForwardOnly(torch.autograd.Function):
     """gpas in less memory: y = scale * x with dy/dx = I and dy/dscale = x. What is kept for the backward pass is x or,
     with from_output, y, and x is then computed as y / scale. The one of the two that a neighbouring operation keeps in

@@ -135,6 +135,8 @@ class Settings(GPTConfig):
             self.max_iters = 280 if self.max_tokens is None else max(1, round(self.max_tokens / self.tokens_per_step))
         if self.freeze_gates is None:
             self.freeze_gates = is_tuning and has_gates and self.gates is None
+        if self.gpus > 1 and not self.dry_run:
+            raise ValueError(f"gpus has no effect without dry_run: torchrun --nproc_per_node={self.gpus} uses so many")
         if self.gradient_accumulation_steps % self.gpus:
             n = self.gradient_accumulation_steps
             raise ValueError(f"gradient_accumulation_steps {n} cannot be shared by {self.gpus} GPUs")
@@ -184,6 +186,8 @@ def main():
         if is_sweep(given):
             sweep(given, processes, stop)
             return
+        if given.get("jobs"):
+            warnings.warn("jobs has no effect: no setting is a list of values")
         of_run, checkpoint = settings_of_run(given)  # both empty for a new run
         settings = build_settings(Settings, {**of_run, **given})
         if settings.dry_run:

@@ -813,6 +813,7 @@ def test_bare_shards_train(folder):
         (["--lisa_layers=1", "--compile"], "does not go with compile"),
         (["--nan_patience=0"], "nan_patience is 0"),
         (["--dry_run", "--gpus=3"], "gradient_accumulation_steps 2 cannot be shared by 3 GPUs"),
+        (["--gpus=8"], "gpus has no effect without dry_run: torchrun --nproc_per_node=8"),
         (["--dataset=truncated", "--vocab_size=257"], "truncated or damaged"),
         (["--dataset=other", "--vocab_size=257"], "is not a token shard"),
         (["--dataset=large", "--vocab_size=257"], "does not fit the vocabulary of 257"),
@@ -894,7 +895,9 @@ def test_a_failing_start_leaves_the_run_that_was_there(folder, tmp_path):
     assert read_log(run / "log.jsonl")[-1]["step"] == 8
 
 
-def test_a_length_that_does_not_count_is_told(folder):
+def test_what_has_no_effect_is_told(folder):
+    with pytest.warns(UserWarning, match="jobs has no effect: no setting is a list of values"):
+        assert call(*SMALL, "--jobs=2", "--dry_run", cwd=folder).returncode == 0
     with pytest.warns(UserWarning, match="max_tokens has no effect, max_iters 3 counts: or give --max_iters=none"):
         done = call(*SMALL, "--max_iters=3", "--max_tokens=9999", "--dry_run", cwd=folder)
     assert done.returncode == 0 and "3 steps" in done.stdout
