@@ -1435,13 +1435,17 @@ def best_groups(runs):
     return best
 
 
-def paired_differences(group, runs, name, baseline):
-    """The losses of a group minus those of the runs that differ from them in the setting `name` alone, where it is
-    `baseline`: the same seeds, hence the same batches."""
-    losses = {tuple(entry["settings"].values()): entry["loss"] for entry in runs if entry["state"] == "finished"}
+def paired_differences(group, runs, name, baseline, ignored=()):
+    """The losses of a group minus those of the `runs` that differ from them in the setting `name` alone (and in what is
+    `ignored`), where it is `baseline`: the same seeds, hence the same batches."""
+
+    def key(settings):
+        return tuple(value for setting, value in settings.items() if setting not in ignored)
+
+    losses = {key(entry["settings"]): entry["loss"] for entry in runs if entry["state"] == "finished"}
     differences = []
     for entry in group:
-        partner = losses.get(tuple((entry["settings"] | {name: baseline}).values()))
+        partner = losses.get(key(entry["settings"] | {name: baseline}))
         if entry["state"] == "finished" and partner is not None:
             differences.append(entry["loss"] - partner)
     return differences
@@ -1458,21 +1462,24 @@ def plus_minus(values, digits=4, standard_error=False):
 
 
 def sweep_tables(runs, baseline):
-    """Markdown: every group of runs that differ in the seed alone, and each at its best learning rate."""
+    """Markdown: every group of runs that differ in the seed alone, and each at its best learning rate, compared with
+    the baseline at the same rate, and at its own best one."""
     names = [name for name in runs[0]["settings"] if name != "seed"]
     titles = list(dict.fromkeys(title for entry in runs for title in entry["totals"]))
     head = [*names, "held-out loss, nats", f"minus {names[0]}={baseline}", "diverged", "unfinished", *titles]
     text = ["Mean ± standard deviation (number of runs); differences: mean ± standard error (number of pairs)."]
-    tables = {"All runs": by_group(runs)}
+    tables = {"All runs": (by_group(runs), ())}
     if "learning_rate" in names:
-        tables["Each at its best learning rate"] = best_groups(runs)
-    for title, groups in tables.items():
+        tables["Each at its best learning rate"] = best_groups(runs), {"learning_rate"}.difference(names[:1])
+    for title, (groups, ignored) in tables.items():
+        compared = [entry for group in groups.values() for entry in group]
         text += ["", f"**{title}**", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
         for key, group in groups.items():
             states = [entry["state"] for entry in group]
             row = [str(value) for _, value in key]
             row.append(plus_minus(finished_losses(group), digits=5))
-            row.append(plus_minus(paired_differences(group, runs, names[0], baseline), 3, standard_error=True))
+            differences = paired_differences(group, compared, names[0], baseline, ignored)
+            row.append(plus_minus(differences, 3, standard_error=True))
             row += [str(states.count("diverged")), str(states.count("unfinished"))]
             for total in titles:
                 values = [entry["totals"].get(total) for entry in group if entry["state"] == "finished"]
@@ -1521,7 +1528,8 @@ def draw_groups(runs, folder):
                         points.setdefault(x, []).append(y)
                 if points:
                     panels.setdefault(ylabel, {})[line] = mean_line(points)
-        title = f"{file.capitalize()}: mean and deviation over seeds, best learning rate"
+        title = f"{file.capitalize()}: mean and deviation over seeds"
+        title += ", each at its best learning rate" * ("learning_rate" in runs[0]["settings"])
         draw_lines(folder / f"{file}.svg", title, xlabel, panels, groups, 2)
 
 

@@ -98,6 +98,9 @@ def test_program(sweep, runs, monkeypatch, capsys):
     assert code == 0 and err == ""
     assert "| pre | 0.001 | 2.2 ± 0.2 (3) | 0 ± 0 (3) | 0 | 0 | 10 ± 5 (3) |" in out
     assert "| gpas_lns | 0.001 | 2.55 ± 0.071 (2) | 0.45 ± 0.05 (2) | 1 | 0 |" in out
+    at_best = out.partition("best learning rate")[2]  # 1.9, 2.0, 2.3 at 0.01 minus 2.0, 2.2, 2.4 at 0.001
+    assert "| gpas_lns | 0.01 | 2.0667 ± 0.21 (3) | -0.133 ± 0.033 (3) |" in at_best
+    assert "| gpas_lns | 0.01 | 2.0667 ± 0.21 (3) | -1.03 ± 0.067 (3) |" in out.partition("best learning rate")[0]
     assert "| pre | 0.1 | - | - | 0 | 1 |" in out
     assert (sweep / "sweep.md").read_text() in out
     written = json.loads((sweep / "sweep.json").read_text())
