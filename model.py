@@ -247,12 +247,12 @@ GPAS_ACTS = {
 def gate_scale(gate, act="silu"):
     """1 - act(a) of a gate a, shape (1,): what GPAS scales by."""
     scale = 1 - GPAS_ACTS[act](gate)
-    # keep="output" divides by it: its value, not its gradient, stays 1e-7 away from 0.
+    # Never exactly 0: the form that saves memory, ScaleForwardOnly, divides by its value. Its gradient stays as it is.
     away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
     return scale + (away_from_zero - scale).detach()
 
 
-# Where s and the gate act. Left the papers' words, which are the settings; right the point in Residual.at: "before" is
+# Where s and the gate act: left the setting's value, in the papers' words; right the point in Residual.at. "before" is
 # x, "norm" A(x), "branch" h, and "stream" the shortcut where there is a C, x + h without. With s_position=gain there is
 # no factor: the gain of A starts at s.
 S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
@@ -292,7 +292,8 @@ class Residual(nn.Module):
         self.branch_out = nn.Identity()  # a hook on it sees h, before omega, alpha, C or a gate on the stream act
         self.s_place, self.gate_place = S_POSITIONS[config.s_position], GPAS_POSITIONS[config.gpas_position]
         self.stop_gradient = config.gpas_stop_gradient
-        # For memory: the norm that reads the stream next keeps the gate's output, a norm at C the shortcut's input.
+        # Saves memory alone, the values are the same (ScaleForwardOnly): the norm that reads the stream next keeps the
+        # gate's output, a norm at C the shortcut's input.
         self.keep = "input" if "C" in places and self.gate_place == "stream" else "output"
         if config.freeze_out_gain and "B" in places:
             self.out_norm.weight.requires_grad_(False)

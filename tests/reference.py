@@ -1,7 +1,8 @@
-"""The placements as the papers write them, one straight line each, for the tests to compare model.py with.
+"""The placements as the papers write them, for the tests to compare model.py with. `forward` has them: one branch of
+an `if` for each equation, the same for both sub-layers; rows that differ in a setting alone share it.
 
 Everything is a function of a dict of parameters by name; nothing is taken from model.py. Rotary embeddings are complex
-products, attention is an explicit softmax, and each scheme spells out its own two sub-layers.
+products, and attention is an explicit softmax.
 """
 
 import math
@@ -48,12 +49,12 @@ def attention(x, P, c):
     B, T, _ = x.shape
     D = c.n_embd // c.n_head
     qkv = {n: x @ P[f"{n}_proj.weight"].T for n in "qkv"}
-    normed = "qkv" if c.v_norm else "qk"
+    with_norm = "qkv" if c.v_norm else "qk"
     for n, heads in zip("qkv", (c.n_head, c.n_kv_head, c.n_kv_head)):
-        if c.qk_norm == "full" and n in normed:
+        if c.qk_norm == "full" and n in with_norm:
             qkv[n] = normalize(qkv[n], P, n + "_norm", c, c.qk_norm_type)
         qkv[n] = qkv[n].view(B, T, heads, D)
-        if c.qk_norm == "head" and n in normed:
+        if c.qk_norm == "head" and n in with_norm:
             qkv[n] = normalize(qkv[n], P, n + "_norm", c, c.qk_norm_type)
     q, k, v = rotary(qkv["q"]), rotary(qkv["k"]), qkv["v"]
     out = torch.zeros_like(q)
@@ -103,7 +104,8 @@ def forward(P, c, idx, gpas=None, norm=None):
             sub = {k.removeprefix(part + "."): p for k, p in own.items()}
             f = (lambda x: attention(x, sub, c)) if part == "attn" else (lambda x: mlp(x, sub))
             A, B, C = ((lambda x, k=k: norm(x, own, f"{part}_residual.{k}_norm", c)) for k in ("pre", "out", "post"))
-            # Where the gate, LNS's s and the branch's factor b act; elsewhere they are the identity or 1.
+            # Where the gate, LNS's s and the branch's factor b act. Without them read stream(x) as x, branch(h) as h
+            # and normed(x) as A(x).
             gate = own["gate"][[0 if part == "attn" else -1]] if gated else None
             gated_at = {p: (lambda x: gpas(x, gate)) if gated and p == c.gpas_position else (lambda x: x) for p in ("sublayer", "before", "norm", "module")}
             s = {p: l**-0.5 if name == "lns" and p == c.s_position else 1 for p in ("norm", "branch", "residual")}
