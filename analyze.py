@@ -1,7 +1,7 @@
 """What the layers of a trained model do: `python analyze.py out-gpas_pre` measures a run's checkpoint on held-out text.
 
     python analyze.py out-pre out-gpas_pre out-lns             several runs side by side
-    python analyze.py out-pre/ckpt_*.pt                        stages of one run (train.py --keep_every)
+    python analyze.py out-pre/ckpt_[0-9]*.pt                   stages of one run (train.py --keep_every)
     python analyze.py out-pre --metrics=stream,jacobian        some of the measures
     python analyze.py out-pre --choices=questions.jsonl        accuracy, and what each layer's removal costs of it
     python analyze.py out-sweep --baseline=pre                 the runs of a sweep: means over seeds, differences
@@ -66,8 +66,8 @@ from prepare_data import TokenData
 
 @dataclass
 class Settings:
-    out_dirs: list[str] = field(default_factory=list)  # folders of runs, also without --out_dirs
-    metrics: str = "all"  # all, or some of the measures above with commas between: stream,jacobian
+    out_dirs: list[str] = field(default_factory=list)  # folders of runs, or their .pt files; also without --out_dirs
+    metrics: str = "all"  # all (of a sweep: none), or some of the measures above: stream,jacobian
     analysis_dir: str | None = None  # where analysis.json and figures go; none: the run's folder, analysis for several
     figures: bool | None = None  # draw them; none: where matplotlib is installed
     # what is measured
@@ -139,8 +139,8 @@ def look_inside(block, x):
     attn, mlp                what each sub-layer adds to the stream, (B, T, n_embd): after the norm B and the scales
     attn_module, mlp_module  the modules' own outputs, before B
     mlp_module_input         what the MLP gets
-    attention                (q, k, mask): queries and keys as their product gets them, after norm and rotation, (B,
-                             n_head, T, head_dim) and (B, n_kv_head, T, head_dim); mask is None for the causal one
+    attention                (q, k): queries and keys as their product gets them, after norm and rotation, (B, n_head,
+                             T, head_dim) and (B, n_kv_head, T, head_dim)
     """
     seen, modules = {}, {}
     if isinstance(block, Block):
@@ -150,9 +150,9 @@ def look_inside(block, x):
     def note(name, _, inputs, output):
         seen[name], seen[f"{name}_input"] = output, inputs[0]
 
-    def noted_attention(q, k, v, attn_mask=None, **options):
-        seen["attention"] = q, k, attn_mask
-        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+    def noted_attention(q, k, v, **options):
+        seen["attention"] = q, k
+        return scaled_dot_product_attention(q, k, v, **options)
 
     with ExitStack() as stack:  # takes the hooks away again
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", noted_attention))
@@ -234,7 +234,7 @@ class Stream:
     magnitude            (L + 1)  mean |x| over tokens and dimensions (Peri-LN Figure 6)
     attn_variance        (L)      the variance of what the attention adds to the stream: after the norm B and the scales
     mlp_variance         (L)      the same of the MLP
-    attn_module_variance (L)      the variance of the attention's own output, before B; equal to the above without B
+    attn_module_variance (L)      the variance of the attention's own output, before B and the scales
     mlp_module_variance  (L)      the same of the MLP
     kurtosis             (L + 1)  mean over dimensions of kurtosis_per_dim (Sparsity Eq. 20)
     kurtosis_per_dim     (L + 1, d)  m4 / m2^2 with the central moments over tokens (Sparsity Eq. 19), without -3: a
@@ -337,7 +337,7 @@ class Attention:
     def __init__(self, model, map_size=256):
         L, H = len(model.blocks), model.config.n_head
         self.map_size, self.maps = map_size, None
-        self.below, self.entropy, self.n_causal = zeros(model, 3, L, H), zeros(model, L, H), zeros(model, L, 1)
+        self.below, self.entropy = zeros(model, 3, L, H), zeros(model, L, H)
         self.n = 0  # sequences
 
     def update(self, trace):
@@ -349,34 +349,37 @@ class Attention:
             if "attention" not in layer:
                 self.below[:, l], self.entropy[l] = math.nan, math.nan
                 continue
-            q, k, mask = layer["attention"]
+            q, k = layer["attention"]
             for b in range(B):
-                A, visible = attention_weights(q[b], k[b], mask)  # (n_head, T, T)
-                # masked weights are below every threshold: they are taken off again
-                self.below[:, l] += torch.stack([(A < e).sum((1, 2)) for e in ATTENTION_THRESHOLDS]) - (~visible).sum()
+                A = attention_weights(q[b], k[b])  # (n_head, T, T)
+                below = torch.stack([(A < e).sum((1, 2)) for e in ATTENTION_THRESHOLDS])
+                self.below[:, l] += below - T * (T - 1) // 2  # without the masked ones, which are 0
                 self.entropy[l] += torch.special.entr(A).sum((1, 2))
                 self.maps[l] += A[:, :P, :P]
-                self.n_causal[l] += visible.sum()
 
     def result(self):
-        n_all = self.n * self.T**2
+        n_causal, n_all = self.n * self.T * (self.T + 1) / 2, self.n * self.T**2
         return {
-            "causal_sparsity": self.below / self.n_causal,
-            "sparsity": (self.below + n_all - self.n_causal) / n_all,
+            "causal_sparsity": self.below / n_causal,
+            "sparsity": (self.below + n_all - n_causal) / n_all,
             "entropy": self.entropy / (self.n * self.T),
             "maps": self.maps / self.n,
         }
 
 
-def attention_weights(q, k, mask=None):
-    """softmax(q k^T / sqrt(head_dim)) over the visible keys, (..., n_head, T, T), and which are visible, (T, T) bool.
+def attention_weights(q, k):
+    """softmax(q k^T / sqrt(head_dim)) over the keys up to each query, (..., n_head, T, T).
 
     q (..., n_head, T, head_dim); k has n_kv_head heads: query head h reads floor(h / (n_head / n_kv_head)).
     """
     k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
-    visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~visible, -math.inf)
-    return scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1), visible
+    scores = hide_later_keys(q @ k.mT / math.sqrt(q.shape[-1]))
+    return scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1)
+
+
+def hide_later_keys(scores):
+    """Attention scores (..., T, T) with -inf where the key comes after the query."""
+    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
 
 
 class Experts:
@@ -683,14 +686,13 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
     }
 
 
-def own_token_attention(q, k, v, attn_mask=None, **_):
+def own_token_attention(q, k, v, **_):
     """Attention of the same value whose gradient reaches a token's output from that token only: the keys and values of
     the others are constants. Takes what scaled_dot_product_attention takes."""
     k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for z in (k, v))
-    visible = attention_weights(q.detach(), k.detach(), attn_mask)[1]
     own_score = (q.detach() * (k - k.detach())).sum(-1)  # 0, with the gradient of q_t k_t by k_t
     scores = (q @ k.detach().mT + torch.diag_embed(own_score)) / math.sqrt(q.shape[-1])
-    A = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    A = hide_later_keys(scores).softmax(-1)
     own_weight = A.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     return A @ v.detach() + own_weight * (v - v.detach())
 
@@ -770,8 +772,8 @@ def encode_choice(encoding, block_size, prompt, choice):
 
 
 def unpack(question):
-    """(prompts, choices, answer) of a question: a prompt for each choice, and the answer's index. KeyError, TypeError
-    or ValueError if it is not one."""
+    """(prompts, choices, answer) of a question: a prompt for each choice, and the answer's index. KeyError, TypeError,
+    ValueError or AttributeError if it is not one."""
     prompts, choices, answer = question["prompt"], question["choices"], question["answer"]
     if isinstance(prompts, str):
         prompts = [prompts] * len(choices)
@@ -795,7 +797,7 @@ def read_questions(path):
             if line.strip():
                 questions.append(json.loads(line))
                 unpack(questions[-1])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{path}:{number} is not a question: an object with prompt (or a list, one for each choice), "
                 "choices (strings) and answer (an index from 0, or one of the choices)"
@@ -876,15 +878,15 @@ MEASURES = {
 
     "weights": Measure(
         "weight norms and sparsity, gates, output-norm gains", weights, "parameters",
-        lambda r: {"attention weights": r["attn_norm"], "MLP weights": r["mlp_norm"],
+        lambda r: {"attention matrices": r["attn_norm"], "MLP matrices": r["mlp_norm"],
                    "gate a": r.get("gates"), "1 - act(a)": r.get("gate_scale"),
                    "attention out gain": r["attn_out_gain"], "MLP out gain": r["mlp_out_gain"],
-                   "attention weights / first run's": r.get("attn_norm_ratio"),
-                   "MLP weights / first run's": r.get("mlp_norm_ratio")},
+                   "attention matrices / first run's": r.get("attn_norm_ratio"),
+                   "MLP matrices / first run's": r.get("mlp_norm_ratio")},
         lambda r: {**by_threshold("matrices |w| < {:g}", WEIGHT_THRESHOLDS, r["sparsity_matrices"]),
                    **by_threshold("parameters |w| < {:g}", WEIGHT_THRESHOLDS, r["sparsity_all"]),
-                   "attention weights / first run's": r.get("attn_norm_ratio"),
-                   "MLP weights / first run's": r.get("mlp_norm_ratio")}),
+                   "attention matrices / first run's": r.get("attn_norm_ratio"),
+                   "MLP matrices / first run's": r.get("mlp_norm_ratio")}),
 
     "jacobian": Measure(
         "each layer's Jacobian", jacobian, "jacobian",
@@ -947,7 +949,8 @@ def shown_totals(result):
 
 
 def load_run(out_dir, device="cpu"):
-    """(model, checkpoint dict) of out_dir/ckpt.pt; UserError if it is missing or damaged. No code in it is ever run."""
+    """(model, checkpoint dict) of a run's folder, or of a .pt file; UserError if it is missing or damaged. No code in it
+    is ever run."""
     try:
         checkpoint = load_checkpoint(out_dir)
     except ValueError as error:
@@ -962,7 +965,7 @@ def load_run(out_dir, device="cpu"):
             raise ValueError("its settings name no data set")
     except Exception as error:  # an edited file can hold anything
         reason = f"{type(error).__name__} {error}".splitlines()[0]
-        raise UserError(f"checkpoint {out_dir}/ckpt.pt cannot be read: {reason}") from None
+        raise UserError(f"the checkpoint of {out_dir} cannot be read: {reason}") from None
     return model.to(device).eval(), checkpoint
 
 
@@ -1046,7 +1049,7 @@ def plain(value):
         return {k: plain(v) for k, v in value.items() if k not in ("maps", "matrices")}
     if torch.is_tensor(value):
         return plain(value.tolist())
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -1132,8 +1135,8 @@ def line_styles(names):
     }
 
 
-def grid(n, n_columns=3, width=3.6, height=2.6):
-    """A figure of n axes in rows of n_columns, and the axes."""
+def grid(n, n_columns, width, height):
+    """A figure of n axes, width x height inches each, in rows of n_columns, and the axes."""
     from matplotlib.figure import Figure
 
     n_rows, n_columns = math.ceil(n / n_columns), min(n, n_columns)
@@ -1340,10 +1343,12 @@ def draw_training(results, folder):
 # Sweeps: runs that differ in some settings, averaged over seeds
 
 # Settings that follow from others where they are not given: one that another setting decides is not a difference.
-DERIVED = "n_kv_head head_dim n_hidden max_iters gate_init".split()
+DERIVED = "n_kv_head head_dim n_hidden max_iters gate_init freeze_gates".split()
 DERIVED += "norm_type embed_norm qk_norm v_norm branch_scale init".split()  # a scheme's row brings them along
-IGNORED = "out_dir overwrite init_from device jobs freeze_gates vocab_size".split()
-IGNORED += "eval_iters last_eval_iters eval_interval log_interval keep_every sample_tokens".split()  # how it is watched
+# How a run is computed and watched.
+IGNORED = "out_dir data_dir overwrite init_from device compile recompute jobs vocab_size".split()
+IGNORED += "eval_iters last_eval_iters eval_interval log_interval keep_every".split()
+IGNORED += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split()
 
 
 def is_sweep(folder):
@@ -1383,7 +1388,7 @@ def read_sweep(folder, settings, device):
             totals |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
             for group in shown_columns(result).values():
                 columns |= {title: values[1:] for title, values in group.items()}
-        entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint["val_loss"]}
+        entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint.get("val_loss")}
         entry |= {"columns": columns, "totals": totals, "curves": curves}
         entry["settings"] = {k: str(v) if isinstance(v, (list, dict)) else v for k, v in given.items()}
         runs.append(entry)
@@ -1592,6 +1597,10 @@ def main():
         raise UserError(f"{sweeps[0]} is a sweep: name it alone")
     if settings.baseline is not None and not sweeps:
         raise UserError(f"baseline={settings.baseline} has no effect: {settings.out_dirs[0]} is not a sweep of runs")
+    if sweeps and settings.analysis_dir:
+        raise UserError(f"analysis_dir={settings.analysis_dir} has no effect: the tables of a sweep go into its folder")
+    if sweeps and settings.choices and settings.metrics == "all":
+        raise UserError(f"choices={settings.choices} has no effect on a sweep without --metrics=choices")
     if sweeps:
         analyze_sweep(settings, device)
     else:

@@ -245,7 +245,7 @@ GPAS_ACTS = {
 
 
 def gate_scale(gate, act="silu"):
-    """1 - act(a) of a gate a, shape (1,): what GPAS scales by."""
+    """1 - act(a) of gates a, of any shape: what GPAS scales by."""
     scale = 1 - GPAS_ACTS[act](gate)
     # Never exactly 0: the form that saves memory, ScaleForwardOnly, divides by its value. Its gradient stays as it is.
     away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
@@ -546,7 +546,10 @@ class GPT(nn.Module):
         if len(values) != len(self.gates()):
             raise ValueError(f"{len(values)} gate values for the {len(self.gates())} gates of norm {self.config.norm}")
         for gate, value in zip(self.gates(), values):
-            gate.copy_(torch.as_tensor(value))
+            value = torch.as_tensor(value)
+            if value.numel() not in (1, gate.numel()):
+                raise ValueError(f"{value.numel()} values for a layer with {gate.numel()} gate")
+            gate.copy_(value)
 
     def optimizer_groups(self, weight_decay, decay_embedding=True):
         """Parameter groups for AdamW: matrices decay (the embedding only with decay_embedding), vectors do not, and the
@@ -1025,7 +1028,7 @@ def load_checkpoint(place):
     except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
         reason = f"checkpoint {path} cannot be read: {type(error).__name__} {' '.join(str(error).split())[:300]}"
     previous = path.with_name("ckpt_previous.pt")
-    if path != previous and previous.exists():
+    if path.name == "ckpt.pt" and previous.exists():
         try:
             step = read_checkpoint(previous)["step"]
             reason += f"; the one before it is whole, of step {step}: mv {previous} {path}"

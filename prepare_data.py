@@ -80,7 +80,7 @@ class Settings:
     shuffle_buffer: COUNT = 1000  # documents that are shuffled among each other, at most 16 MB of text; 1: none
     max_broken: NOT_NEGATIVE = 0.01  # broken or undecodable documents per good one, above which it is an error
     seed: Annotated[int, (0, 2**32 - 1)] = 1337  # of the shuffle
-    num_workers: NATURAL = 0  # processes that make the tokens; 0: one per core, but one for bytes; 1: this one
+    num_workers: NATURAL = 0  # processes that make tokens; 0: one per core, or one for bytes and small inputs
     save_interval: NOT_NEGATIVE = 10.0  # seconds of work that an interruption may cost
     overwrite: bool = False  # replace a data set of that name
     # instead
@@ -104,6 +104,8 @@ class Settings:
         if self.tokenizer.startswith("bpe:") and not (size and int(size[1]) >= 257):
             needed = "at least 257 (the bytes and the end of text), as in bpe:4096"
             raise ValueError(f"tokenizer is {self.tokenizer!r}; bpe:N takes the size of a vocabulary, {needed}")
+        if size and self.adopt:
+            raise ValueError(f"adopt needs the tokenizer that made the shards; {self.tokenizer} would be a new one")
 
     @property
     def fields(self):
@@ -1057,7 +1059,7 @@ def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
     try:
         for job, place in jobs:
             pending.append((submit(pool, job), place))
-            if len(pending) > 2 * num_workers:
+            if len(pending) >= 2 * num_workers:
                 future, place = pending.popleft()
                 yield *future.result(), place
         for future, place in pending:
@@ -1174,7 +1176,8 @@ def get_tokenizer(name, eot_token=""):
             raise UserError(f"tokenizer {name} is not {form}: {getattr(error, 'strerror', None) or error}") from None
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"unknown tokenizer {name!r}; known: byte, {known}, bpe:N, PATH.tiktoken or PATH.json")
+        files = "bpe:N, PATH.tiktoken, PATH.json or a data set's folder"
+        raise UserError(f"unknown tokenizer {name!r}; known: byte, {known}, {files}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever the network raises: tiktoken passes on requests' and urllib3's errors
@@ -1391,6 +1394,8 @@ def adopt(settings):
                     raise UserError(f"{path} holds token {some.max()}: {maker} did not make it")
                 counts += np.bincount(some, minlength=encoding.n_vocab)
             shards.append({"file": path.name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
+            if path.with_suffix(".mask").exists():
+                shards[-1]["mask_crc32"] = zlib.crc32(open_mask(path, tokens))
         n_tokens, n_documents, n_bytes = map(int, (counts.sum(), counts[encoding.eot_token], counts @ lengths))
         if not n_tokens:
             raise UserError(f"no {split} shards ({split}_*.bin or {split}.bin) in {folder}")

@@ -691,8 +691,9 @@ def build_optimizer(model, resumed, setup):
     """The optimizer of the settings, with the moments of the checkpoint `resumed` if there is one; UserError."""
     settings = setup.settings
     groups = model.optimizer_groups(settings.weight_decay, settings.decay_embedding)
-    for group in groups if settings.decay_vectors else ():
-        group["weight_decay"] = settings.weight_decay
+    for group in groups:
+        if settings.decay_vectors and group["name"] in ("vectors", "gates"):
+            group["weight_decay"] = settings.weight_decay
     optimizer = OPTIMIZERS[settings.optimizer](groups, settings)
     if resumed:
         try:

@@ -5,7 +5,7 @@ For models of L = 4 ... 64 layers x 128 at their initial weights, matrices of va
     variance    of the last residual state, over the hidden dimensions, mean over tokens (Sparsity Eq. 4)
     end_to_end  |dx_{L+1} / dx_1|_2, from L = 4 to 32 (LNS Theorems 3.3, 4.2; GPAS Theorem 1; Sparsity Lemma 1)
 
-writes theory.json with every number, theory.svg where matplotlib is installed, and prints a table.
+writes theory.json with every number, theory.svg where matplotlib is installed, and prints each mean.
 """
 
 import json

@@ -87,7 +87,7 @@ TINY["train_args"] = (
 def build(c, norm, n_layer, **more):
     """A model with nothing at its initial value, gates of 0.3 to 1 among the rest. It is drawn on the device: GPT draws
     on the CPU, which would take most of the eight minutes."""
-    if SCHEMES[norm.removeprefix("gpas_")] is SCHEMES["mix"]:
+    if norm.removeprefix("gpas_") == "mix":
         more["mix_ratio"] = 0.5  # so that two layers hold both kinds
     sizes = {name: getattr(c, name) for name in ("n_embd", "n_head", "vocab_size", "block_size")}
     with torch.device("meta"):

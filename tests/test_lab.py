@@ -65,6 +65,10 @@ def test_the_settings_that_differ(runs):
     assert [list(run["settings"]) for run in runs] == [["norm", "learning_rate", "seed"]] * len(runs)
     assert analyze.differing([{"n_embd": 8, "n_hidden": 24, "seed": 1}, {"n_embd": 16, "n_hidden": 48, "seed": 1}]) == ["n_embd"]
     assert analyze.differing([{"norm": "a", "rows": "x"}, {"norm": "b"}]) == ["norm"]  # an earlier run had no such setting
+    assert analyze.differing([{"norm": "pre", "freeze_gates": f, "seed": 1} for f in (True, False)]) == ["freeze_gates"]
+    tuned = [{"norm": "pre", "freeze_gates": False}, {"norm": "gpas_pre", "freeze_gates": True}]
+    assert analyze.differing(tuned) == ["norm"]
+    assert analyze.differing([{"norm": "pre", "top_k": k, "seed": 1} for k in (5, 6)]) == []
     assert analyze.differing([{"n_kv_head": 1, "seed": 1}, {"n_kv_head": 2, "seed": 2}]) == ["n_kv_head", "seed"]
 
 
@@ -120,6 +124,10 @@ def test_figures(sweep, monkeypatch, capsys):
         assert text.lstrip().startswith("<?xml") and len(text) < 150_000
 
 
+def test_what_is_not_finite_is_null_in_json():
+    assert analyze.plain({"curve": [(0, math.inf), (1, torch.tensor([math.nan, 1.0]))]}) == {"curve": [[0, None], [1, [None, 1.0]]]}
+
+
 def test_a_baseline_is_a_number_however_it_is_written():
     assert analyze.is_value("1e-3", 0.001) and analyze.is_value("4", 4) and analyze.is_value("pre", "pre")
     assert not analyze.is_value("pre", 0.001) and not analyze.is_value("1e-3", "pre")
@@ -153,6 +161,8 @@ def test_mistakes(sweep, tmp_path, monkeypatch, capsys):
         ([sweep / "norm=pre,learning_rate=0.1,seed=1", sweep], "is a sweep: name it alone"),
         ([sweep, sweep / "norm=pre,learning_rate=0.1,seed=1"], "is a sweep: name it alone"),
         ([tmp_path / "empty"], "no checkpoint"),
+        ([sweep, "--analysis_dir=x"], "analysis_dir=x has no effect: the tables of a sweep go into its folder"),
+        ([sweep, "--choices=x"], "choices=x has no effect on a sweep without --metrics=choices"),
     ):
         code, _, err = program(monkeypatch, capsys, *args)
         assert code == 2 and message in err and len(err.splitlines()) == 1, err

@@ -388,6 +388,8 @@ def test_set_gates():
     assert [round(gate.item(), 6) for gate in model.gates()] == [0.1, 0.2, 0.3, 0.4]
     with pytest.raises(ValueError, match="3 gate values for the 4 gates"):
         model.set_gates([1, 2, 3])
+    with pytest.raises(ValueError, match="2 values for a layer with 1 gate"):
+        model.set_gates([[0.1, 0.2]] * 4)
     with pytest.raises(ValueError, match="0 gates of norm pre"):
         GPT(small("pre")).set_gates([1])
     model = GPT(small("gpas_pre", gate_per="sublayer"))

@@ -447,9 +447,8 @@ def compress(path, suffix):
     """`path` as a compressed file beside it, in two members as appending writes them; skips without the library."""
     data = path.read_bytes()
     if suffix == ".zst":
-        pytest.importorskip("pyarrow")
-        zstandard = pytest.importorskip("zstandard")
-        pack = zstandard.ZstdCompressor().compress
+        pyarrow = pytest.importorskip("pyarrow")
+        pack = lambda data: pyarrow.compress(data, codec="zstd", asbytes=True)
     else:
         pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
     target = path.with_name(path.name + suffix)
@@ -1232,7 +1231,15 @@ def test_nanogpt_bins(tmp_path, bpe):
     assert (counts["documents"], counts["bytes"]) == (50, sum(len(f"hello world {i}") for i in range(50)))
     with pytest.raises(UserError, match="has a meta.json already"):
         prepare_data.adopt(Settings(**settings))
+    with pytest.raises(ValueError, match="adopt needs the tokenizer that made the shards; bpe:300 would be a new one"):
+        Settings(**settings, tokenizer="bpe:300")
     prepare_data.verify(folder)
+    (folder / "meta.json").unlink()
+    for split in ("train", "val"):
+        (folder / f"{split}.mask").write_bytes(bytes([1] * len(open_shard(folder / f"{split}.bin"))))
+    prepare_data.adopt(Settings(**settings, tokenizer=str(bpe)))
+    prepare_data.verify(folder)
+    assert (TokenData(folder, "train", 8, 263).rows(0, 4)[0] == x).all()
     (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
     with pytest.raises(UserError, match="val.bin has .* bytes .* truncated or damaged"):
         prepare_data.verify(folder)

@@ -24,7 +24,7 @@ from conftest import ROOT
 import configurator
 import prepare_data
 import train
-from model import GPT, SCHEMES, GPTConfig
+from model import GPT, SCHEMES, GPTConfig, load_checkpoint
 
 SMALL = "--n_layer=2 --n_embd=32 --n_head=2 --block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --dataset=d".split()
 SHORT = "--max_iters=8 --eval_interval=4 --eval_iters=4 --log_interval=2 --warmup_iters=2 --sample_tokens=20 --device=cpu".split()
@@ -307,6 +307,8 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_offered(folder, tmp_path
         path.unlink()
     resume = [f"--out_dir={tmp_path}", "--init_from=resume", "--dtype=float32", "--device=cpu"]
     done = call(*resume, cwd=folder)
+    with pytest.raises(ValueError, match="no checkpoint .*/ckpt_000009.pt; train one first, or name its folder$"):
+        load_checkpoint(tmp_path / "ckpt_000009.pt")  # the one before ckpt.pt does not stand in for it
     offer = f"mv {tmp_path}/ckpt_previous.pt {path}"
     assert done.returncode == 2 and str(path) in done.stderr
     assert f"the one before it is whole, of step 3: {offer}" in done.stderr
@@ -903,6 +905,21 @@ def test_what_has_no_effect_is_told(folder):
     assert done.returncode == 0 and "3 steps" in done.stdout
     with warnings.catch_warnings(action="error"):
         assert call(*SMALL, "--max_iters=none", "--max_tokens=9999", "--dry_run", cwd=folder).returncode == 0
+
+
+def test_what_decays():
+    """decay_vectors is about gains and gates: it does not undo decay_embedding=false."""
+    for flags, decays in (({}, "embedding matrices"), ({"decay_vectors": True}, "embedding matrices vectors gates")):
+        for decay_embedding in (True, False):
+            settings = train.Settings(norm="gpas_pre", weight_decay=0.5, decay_embedding=decay_embedding, **flags)
+            setup = train.Setup(settings, train.Processes(), torch.device("cpu"), "float32")
+            model = GPT(GPTConfig(norm="gpas_pre", n_layer=1, n_embd=8, n_head=2, vocab_size=17))
+            groups = train.build_optimizer(model, None, setup).param_groups
+            decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+            kinds = {"embedding": model.embed_tokens.weight, "matrices": model.lm_head.weight, "vectors": model.norm.weight}
+            for kind, p in (kinds | {"gates": model.blocks[0].gate}).items():
+                is_decayed = kind in decays.split() and (kind != "embedding" or decay_embedding)
+                assert decay[id(p)] == (0.5 if is_decayed else 0.0), (kind, flags, decay_embedding)
 
 
 def test_gates_are_set_where_a_run_begins(folder):
