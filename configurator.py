@@ -144,7 +144,7 @@ def parse(declaration, name, text):
         return SWITCH[text.lower()]
     try:
         if int in kinds:
-            is_exponential = "e" in text and float(text).is_integer()  # 5e9
+            is_exponential = "e" in text.lower() and float(text).is_integer()  # 5e9
             return int(float(text)) if is_exponential else int(text)
         if float in kinds and not math.isnan(float(text)):
             return float(text)

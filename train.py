@@ -11,7 +11,7 @@
     python train.py --norm=lns --sample="def "                 what it writes
     python train.py --help                                     every setting
 
-A run is a folder: ckpt.pt (weights, optimizer, architecture, tokenizer), ckpt_previous.pt (the one before) and
+A run is a folder: ckpt.pt (weights, optimizer, settings, tokenizer), ckpt_previous.pt (the one before) and
 log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=resume goes on to the bit.
 
 The file begins with the settings and the training, `train`, whose loop is its last part. The pieces that it calls
@@ -78,7 +78,7 @@ class Settings(GPTConfig):
     sample: str | None = None  # a prompt: continue it with the checkpoint in out_dir and exit
     dry_run: bool = False  # print size, tokens, FLOPs and memory and exit
     gpus: COUNT = 1  # dry_run: how many share the work
-    jobs: COUNT | None = None  # sweep: runs at a time; none: one for each GPU, or one for each core
+    jobs: COUNT | None = None  # sweep: runs at a time, on a CPU of one thread each; none: one for each GPU, or core
     seed: NATURAL = 1337  # of the weights and of the order of the data
     # data
     dataset: str = "stdlib"  # a folder in data_dir, or a path
@@ -155,6 +155,8 @@ class Settings(GPTConfig):
                 raise ValueError(f"{name}={getattr(self, name)} has no effect: norm {self.norm} has no gates")
         if self.float32_gates and self.dtype != "bfloat16_pure":
             raise ValueError(f"float32_gates has no effect with dtype={self.dtype}: it needs dtype=bfloat16_pure")
+        if self.float32_gates and self.shard:
+            raise ValueError("float32_gates does not go with shard, which needs one dtype in all of a block")
         if not 0 <= self.lisa_layers <= self.n_layer:
             raise ValueError(f"lisa_layers is {self.lisa_layers}; the model has {self.n_layer} layers")
         for name in ("compile", "shard"):
@@ -201,26 +203,22 @@ def main():
         if settings.eval_only:
             evaluate_run(checkpoint, data, setup)
             return
-        changes = {name: (of_run[name], now) for name, now in given.items() if of_run.get(name, now) != now}
         if settings.init_from != "resume":
             check_out_dir(settings)
         if processes.rank == 0:
             Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
         alone = prepare_data.locked(settings.out_dir, f"training in {settings.out_dir}")
-        with alone if processes.rank == 0 else nullcontext(), stop.listen(f"{settings.out_dir}/ckpt.pt"):
-            train(checkpoint, changes, data, setup, stop)
+        with alone if processes.rank == 0 else nullcontext(), stop.listen():
+            train(checkpoint, data, setup, stop)
 
 
-def train(checkpoint, changes, data, setup, stop):
-    """Trains a new model, or goes on from a checkpoint: its run if settings.init_from is "resume", else its weights.
-
-    `changes` are the settings given now that differ from those of the run that is continued, {name: (before, now)}.
-    """
+def train(checkpoint, data, setup, stop):
+    """Trains a new model, or goes on from a checkpoint: its run if settings.init_from is "resume", else its weights."""
     settings, processes, autocast = setup.settings, setup.processes, setup.autocast
-    resumed = checkpoint if settings.init_from == "resume" else None
+    resumed = checkpoint if settings.init_from == "resume" else None  # the checkpoint of the run that goes on
     model = build_model(data.config, checkpoint and checkpoint["model"], setup)
     set_gates(model, settings, is_new=resumed is None)
-    trained = {id(p) for p in model.parameters() if p.requires_grad}  # what LISA draws from
+    trained = {id(p) for p in model.parameters() if p.requires_grad}  # LISA thaws no other
     print(describe_model(model, data, setup))
     optimizer = build_optimizer(model, resumed, setup)
     gates = [g for g in model.gates() if g.requires_grad]
@@ -233,9 +231,9 @@ def train(checkpoint, changes, data, setup, stop):
     step, skipped, tokens, val_loss = begin["step"], begin["skipped"], begin["tokens"], begin["val_loss"]
     if step > settings.max_iters:
         raise UserError(f"the run in {settings.out_dir} is at step {step}, beyond max_iters {settings.max_iters}")
-    folder = RunFolder(resumed, changes, setup)
+    folder = RunFolder(resumed, setup)
     times, report = Times(settings), {}
-    report_batch = get_batch(data.val, 0, min(8, len(data.val)), setup.device)
+    report_batch = get_batch(data.val, 0, min(8, settings.batch_size, len(data.val)), setup.device)
 
     def measure():
         """Logs and returns the held-out loss and stream_report's dict."""
@@ -246,9 +244,9 @@ def train(checkpoint, changes, data, setup, stop):
             folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
         text, record = describe_loss(loss, data)
         print(f"step {step:5d}: {text}")
-        report = stream_report(model, *report_batch[:2], autocast)
-        folder.log({"step": step, "tokens": tokens, **record, **report})
-        return loss, report
+        streams = stream_report(model, *report_batch[:2], autocast)
+        folder.log({"step": step, "tokens": tokens, **record, **streams})
+        return loss, streams
 
     def save():
         folder.save(model, optimizer, data, step=step, val_loss=val_loss, skipped=skipped, tokens=tokens)
@@ -307,18 +305,19 @@ def train(checkpoint, changes, data, setup, stop):
             record |= {"gate_grad_norm": gate_norm} if gates else {}
             folder.log(record | {"tokens": tokens} | print_step(record, model, times, setup))
         if step == begin["step"] + 1:
-            print_first_step(times, setup, step)
+            more = "with compilation" if setup.use_compile else f"about {clock(times.passed() + times.left(step))} in all"
+            print(f"the first step took {clock(times.steps[0])}, {more}")
         if step % settings.eval_interval == 0 or step >= settings.max_iters:
             with timed(times.evaluations):
                 val_loss, report = measure()
                 save()
-        elif skipped == 0 and (is_stopping or is_kept(step, settings)):  # else the checkpoint from before them stays
+        elif skipped == 0 and (is_stopping or is_kept(step, settings)):  # else that from before the skipped steps stays
             save()
 
     processes.wait()  # for the checkpoint
     if is_stopping and step < settings.max_iters:
         where = f"stopped at step {step}, {settings.out_dir}/ckpt.pt is of step {folder.saved_step}"
-        stop.end(f"{where}; continue with --init_from=resume --out_dir={settings.out_dir}")
+        stop.end(f"{where}; continue with the same command and --init_from=resume")
     print(f"done in {clock(times.passed())}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
     if report:
         print(picture(report))
@@ -334,14 +333,15 @@ def evaluate(model, data, setup, n):
     processes, batch_size = setup.processes, setup.settings.batch_size
     available = max(1, len(data) // batch_size)
     n, total, count = min(n or available, available), 0, 0
-    for i in range(processes.rank, n + -n % processes.size, processes.size):
-        # Beyond the last batch it counts for nothing: sharded models need all processes in every pass.
+    rounds = math.ceil(n / processes.size)  # in each, every process takes one batch: sharded models need them all
+    for i in range(processes.rank, rounds * processes.size, processes.size):
         x, y, n_targets = get_batch(data, min(i, n - 1) * batch_size, batch_size, setup.device)
+        n_targets *= i < n  # beyond the last batch it counts for nothing
         with setup.autocast():
-            total += model(x, y)[1].double() * (n_targets * (i < n))
-        count += n_targets * (i < n)
+            total += model(x, y)[1].item() * n_targets
+        count += n_targets
     model.train()
-    total, count = processes.sum(total.item(), count)
+    total, count = processes.sum(total, count)
     return total / max(count, 1)
 
 
@@ -391,19 +391,20 @@ def gradient_norms(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run that is continued, evaluated, sampled or fine-tuned
 
-# Settings of one call, which a run that is continued does not hand on.
-OF_ONE_CALL = (
-    "out_dir init_from overwrite eval_only sample dry_run gpus jobs device dtype compile shard recompute".split()
-)
+# Settings of one call: another call, such as one that resumes the run, does not take them over.
+OF_ONE_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus jobs device compile shard recompute".split()
 
 
 def settings_of_run(given):
     """({name: value}, checkpoint): what an earlier run hands on, its settings or, for fine-tuning, its architecture;
-    ({}, None) for a new run. UserError if what is given contradicts it."""
+    ({}, None) for a new run. Removes from `given` what leaves the architecture open, so that the run's counts.
+    UserError if what is given contradicts it."""
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
     if init_from == "scratch" and not is_call:
         return {}, None
+    if is_call and init_from not in ("scratch", "resume"):
+        raise UserError("init_from begins a run: name the run to evaluate or to sample with --out_dir")
     is_tuning = init_from not in ("scratch", "resume") and not is_call
     folder = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
     checkpoint = open_checkpoint(folder)
@@ -418,6 +419,9 @@ def settings_of_run(given):
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
     fixed = [n for n in checkpoint["config"] if not (is_tuning and n == "block_size")]  # no weight depends on that
+    for n in fixed:
+        if n in given and (given[n] is None or n == "vocab_size" and given[n] == 0):
+            del given[n]
     differ = [n for n in fixed if n in given and given[n] != of_run[n]]
     if differ:
         wrong = ", ".join(f"{n} {of_run[n]} (given {given[n]})" for n in differ)
@@ -425,7 +429,7 @@ def settings_of_run(given):
     return of_run, checkpoint
 
 
-# How far a run is before the first step; checkpoints of earlier versions lack some of it.
+# What a checkpoint says of a run that has not begun; checkpoints of earlier versions lack some of it.
 NEW_RUN = {"step": 0, "skipped": 0, "tokens": 0, "val_loss": None, "shards": {}}
 
 
@@ -469,7 +473,7 @@ def sample_run(checkpoint, setup):
 
 @dataclass
 class Setup:
-    """What every piece of a run needs."""
+    """What every piece of a run needs: the settings, and what became of their "auto" and "none" on this machine."""
 
     settings: Settings
     processes: "Processes"
@@ -507,7 +511,6 @@ def set_up(settings, processes):
         torch.cuda.set_device(device)
     elif device.type == "cpu":
         keep_freed_memory()
-    torch.manual_seed(settings.seed)
     return Setup(settings, processes, device, dtype, use_compile)
 
 
@@ -558,9 +561,8 @@ def open_data(checkpoint, setup):
         run_folder = settings.out_dir if settings.eval_only or settings.init_from == "resume" else settings.init_from
         names = meta["tokenizer"]["name"], tokenizer["name"]
         raise UserError(f"{folder} was made with tokenizer {names[0]}, {run_folder} with {names[1]}")
-    if meta and checkpoint and not tokenizer and setup.processes.rank == 0:
-        text = f"the run names no tokenizer: whether {folder} is of the same cannot be told"
-        print(f"warning: {text}", file=sys.stderr)
+    if meta and checkpoint and not tokenizer:
+        warnings.warn(f"the run names no tokenizer: whether {folder} is of the same cannot be told")
 
     train_data = TokenData(folder, "train", settings.block_size, vocab_size, settings.seed, settings.rows)
     val_data = TokenData(folder, "val", settings.block_size, vocab_size, rows=settings.rows)
@@ -771,7 +773,7 @@ def draw_layers(model, optimizer, step, settings, trained):
 
 
 class Times:
-    """Seconds of the steps since the last line of the log, and of the evaluations, with the checkpoint after each."""
+    """Seconds of the last log_interval steps, and of all evaluations, with the checkpoint after each."""
 
     def __init__(self, settings):
         self.settings, self.started = settings, time.monotonic()
@@ -794,13 +796,6 @@ def timed(seconds):
     seconds.append(time.monotonic() - begin)
 
 
-def print_first_step(times, setup, step):
-    if setup.use_compile:
-        print(f"the first step took {clock(times.steps[0])}, with compilation")
-    else:
-        print(f"about {clock(times.passed() + times.left(step))} in all")
-
-
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
 
@@ -811,8 +806,8 @@ def print_step(record, model, times, setup):
     settings, step = setup.settings, record["step"]
     rate = settings.tokens_per_step / max(fmean(times.steps), 1e-9)
     more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
-    name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
-    peak = settings.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    gpu = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
+    peak = settings.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in gpu), None)
     if peak:
         more["mfu"] = model.mfu(rate, 1e12 * peak * setup.processes.size)
         reached = f"MFU {more['mfu']:.1%}"
@@ -928,8 +923,9 @@ class RunFolder:
     """settings.out_dir, in which the process of rank 0 writes. What was there stays as it is until a new run has saved
     its first checkpoint; then the log that was there becomes log_previous.jsonl."""
 
-    def __init__(self, resumed, changes, setup):
-        """The log of a run that is `resumed`, a checkpoint, is kept up to it, with a line of `changes`."""
+    def __init__(self, resumed, setup):
+        """`resumed` is the checkpoint of a run that goes on, or None. Lines of its log for later steps are removed, and
+        a line with the settings that have changed is added."""
         self.setup, self.path, self.loggers, self.lines = setup, Path(setup.settings.out_dir), [], []
         self.is_main, self.log_path = setup.processes.rank == 0, self.path / "log.jsonl"
         self.saved_step = resumed["step"] if resumed else None
@@ -942,10 +938,12 @@ class RunFolder:
             kept = [record for record in read_log(self.log_path) if record["step"] <= self.saved_step]
             text = "".join(json.dumps(record) + "\n" for record in kept)
             save_whole(self.log_path, lambda file: file.write(text.encode()))
-        if resumed and changes:
-            for name, (before, now) in changes.items():
-                print(f"{name}: {before} before, {now} now")
-            self.log({"step": self.saved_step, "changed": changes})
+        before, now = resumed["settings"] | resumed["config"] if resumed else {}, asdict(setup.settings)
+        names = [name for name in now if name not in OF_ONE_CALL and before.get(name, now[name]) != now[name]]
+        for name in names:
+            print(f"{name}: {before[name]} before, {now[name]} now")
+        if names:
+            self.log({"step": self.saved_step, "changed": {name: (before[name], now[name]) for name in names}})
 
     def log(self, record):
         """Adds a line, a dict with `step`, which waits for the first checkpoint."""
@@ -980,7 +978,8 @@ class RunFolder:
                 give_second_name(self.log_path, self.path / "log_previous.jsonl")
             save_checkpoint(self.path / "ckpt.pt", state)
             if is_first:
-                self.log_path.unlink(missing_ok=True)
+                for earlier in (self.log_path, *self.path.glob("ckpt_[0-9]*.pt")):
+                    earlier.unlink(missing_ok=True)
             if is_kept(step, settings):
                 give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
         self.saved_step = step
@@ -1033,7 +1032,8 @@ def give_second_name(path, name):
     try:
         os.link(path, name)
     except OSError:  # a file system without links: a copy
-        shutil.copyfile(path, name)
+        with open(path, "rb") as source:
+            save_whole(name, lambda file: shutil.copyfileobj(source, file))
 
 
 def open_loggers(settings):
@@ -1116,11 +1116,11 @@ class StopRequest:
         self.is_main, self.number, self.sweep = is_main, 0, int(os.environ.get(SWEEP, 0))
 
     def is_asked(self):
-        return self.number > 0 or self.sweep not in (0, os.getppid())
+        has_lost_sweep = self.sweep != 0 and self.sweep != os.getppid()  # another process is the parent of an orphan
+        return self.number > 0 or has_lost_sweep
 
     @contextmanager
-    def listen(self, checkpoint):
-        self.checkpoint = checkpoint
+    def listen(self):
         before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -1131,7 +1131,7 @@ class StopRequest:
     def receive(self, number, frame):
         # os.write, since a signal may arrive in the middle of a print
         if self.number:
-            os.write(2, f"stopped at once; {self.checkpoint} is the last that was saved\n".encode())
+            os.write(2, b"stopped at once; what was saved before is untouched\n")
             os._exit(128 + number)
         self.number = number
         if self.is_main:
@@ -1202,8 +1202,8 @@ def connected_processes():
                 sys.exit(2)
             if isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
                 raise UserError(
-                    "a process of this job has ended without a word (killed, or out of memory?); "
-                    "what was saved is untouched, --init_from=resume goes on from there"
+                    "a process of this job has ended without a word (killed, or out of memory?); what was saved is "
+                    f"untouched, --init_from=resume goes on from there ({str(error).splitlines()[0]})"
                 ) from None
         raise
     finally:
@@ -1226,8 +1226,9 @@ def plan(settings):
         model = GPT(settings.architecture(settings.vocab_size or prepare_data.byte_encoding().n_vocab))
     count, G, tokens = model.count_params(), 1e9, settings.tokens_per_step * settings.max_iters
     one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
-    # The weight, its gradient and AdamW's two moments, in float32 unless weights are bfloat16.
-    state = (8 if settings.dtype == "bfloat16_pure" else 16) * count["total"] / (settings.gpus if settings.shard else 1)
+    n_copies = 2 if settings.optimizer == "sgd" else 4  # the weight, its gradient, and Adam's two moments
+    bytes_each = {"bfloat16_pure": 2, "float64": 8}.get(settings.dtype, 4)
+    state = n_copies * bytes_each * count["total"] / (settings.gpus if settings.shard else 1)
     flops, activations = model.flops_per_token(), activation_bytes(model, settings)
     return (
         f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters\n"
@@ -1277,9 +1278,9 @@ SWEEP = "NANONORM_SWEEP"
 NEVER_LISTS = "out_dir init_from data_dir overwrite jobs eval_only sample dry_run gpus gates".split()
 
 # Where an earlier run may differ from the sweep that it belongs to: its length, and how it is watched.
-MAY_DIFFER = "max_iters max_tokens vocab_size data_dir eval_interval log_interval keep_every".split()
+MAY_DIFFER = "max_iters max_tokens epochs vocab_size data_dir eval_interval log_interval keep_every".split()
 MAY_DIFFER += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split()
-MAY_DIFFER += [name for name in OF_ONE_CALL if name not in ("init_from", "dtype")]
+MAY_DIFFER += [name for name in OF_ONE_CALL if name != "init_from"]
 
 
 @dataclass
@@ -1296,7 +1297,8 @@ class Trial:
     started: float = 0.0  # when its process did (time.time())
 
     def read_log(self):
-        """Notes step, loss and that it diverged from its log, if its process, where it has one, has written there."""
+        """Notes step, loss and that it diverged from the run's log. A log that is older than its process, where it has
+        one, is an earlier run's."""
         log = self.folder / "log.jsonl"
         try:
             records = read_log(log) if os.path.getmtime(log) >= self.started else []
@@ -1383,9 +1385,8 @@ def build_trial(name, folder, given):
         trial.read_log()  # which may say that it diverged
         checkpoint = open_checkpoint(folder)
     of_run = dict(checkpoint["settings"])
-    if (folder / "settings.py").exists():  # what the run began with; its checkpoint says how it was continued
-        began_with = read_config_file(Settings, str(folder / "settings.py"))
-        of_run |= {name: began_with.get(name, getattr(Settings, name)) for name in ("init_from", "dtype")}
+    if (folder / "settings.py").exists():  # what the sweep last asked of it; its checkpoint may say "resume"
+        of_run["init_from"] = read_config_file(Settings, str(folder / "settings.py")).get("init_from", "scratch")
     for field in fields(Settings):
         before, now = of_run.get(field.name, field.default), getattr(settings, field.name)
         has_effect = field.name != "eval_iters" or settings.last_eval_iters is None
@@ -1410,12 +1411,14 @@ def train_trials(trials, folder, stop):
     if waiting and all(takes_any_gpu(trial.settings) for trial in waiting):
         numbers = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         places = [{"CUDA_VISIBLE_DEVICES": number} for number in numbers.split(",")]
+    elif any(trial.settings.device not in ("auto", "cpu") for trial in waiting):  # a device that they share
+        places = places[:1]
     n_jobs = trials[0].settings.jobs or len(places)
     free = [places[i % len(places)] for i in range(n_jobs)]
     if waiting:
         print(f"{len(waiting)} runs, {n_jobs} at a time; see train.log in their folders", file=sys.stderr)
     started, before, shown, is_terminal = time.monotonic(), share_done(trials), None, sys.stderr.isatty()
-    with stop.listen(f"{folder}/*/ckpt.pt"), ThreadPoolExecutor(n_jobs) as pool:
+    with stop.listen(), ThreadPoolExecutor(n_jobs) as pool:
         futures = [pool.submit(train_trial, trial, free, stop) for trial in waiting]
         while wait(futures, timeout=1).not_done:
             share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)

@@ -45,7 +45,7 @@ def test_command_line_forms():
     assert read("--ratio", "-1").ratio == -1
     assert read("--input", "a", "b", "--flag", "--input=c").input == ["a", "b", "c"]
     assert read("--name=none").name == read("--title=none").title == "none"
-    assert read("--n_layer=5e9").n_layer == 5_000_000_000 == read("--n_layer=5_000_000_000").n_layer
+    assert read("--n_layer=5e9").n_layer == read("--n_layer=5E9").n_layer == 5_000_000_000 == read("--n_layer=5_000_000_000").n_layer
 
 
 def test_files_and_command_line_override_in_order(tmp_path):

@@ -184,6 +184,14 @@ def test_a_dry_run_from_any_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_memory_of_weights_gradients_and_moments():
+    """4 copies of a parameter with Adam and 2 with SGD, of 2, 4 or 8 bytes."""
+    for flags, n_bytes in (({}, 16), ({"optimizer": "sgd"}, 8), ({"dtype": "bfloat16_pure"}, 8), ({"dtype": "float64"}, 32)):
+        settings = train.Settings(n_layer=1, n_embd=1024, n_head=8, vocab_size=1, **flags)
+        n = train.GPT(settings.architecture(1)).count_params()["total"]
+        assert f"{n_bytes * n / 1e9:.3g} GB of weights" in train.plan(settings), flags
+
+
 def test_activations_are_those_that_autograd_keeps():
     """Tensors without memory count as those of a real pass do."""
     shape = {"n_layer": 3, "n_embd": 64, "n_head": 2, "block_size": 64, "vocab_size": 300}

@@ -279,3 +279,13 @@ def test_a_run_and_a_sweep_do_not_share_a_folder(swept):
     assert done.returncode == 2 and "lonely holds a run of its own" in done.stderr and files(swept / "lonely") == before
     done = call("tiny.py", "--norm=pre", "--out_dir=out-sweep", cwd=swept)
     assert done.returncode == 2 and "out-sweep holds the runs of a sweep" in done.stderr
+
+
+def test_runs_on_one_device_take_turns(tmp_path, monkeypatch, capsys):
+    """Without --jobs: a device such as mps or cuda:1 is shared by all runs, the cores of a CPU are not."""
+    monkeypatch.setattr(train, "train_trial", lambda trial, free, stop: setattr(trial, "outcome", "finished"))
+    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    for device, n_jobs in (("mps", 1), ("cpu", 4)):
+        trials = [train.Trial(name, tmp_path / name, {}, train.Settings(device=device)) for name in "ab"]
+        train.train_trials(trials, tmp_path, train.StopRequest(is_main=True))
+        assert f"2 runs, {n_jobs} at a time" in capsys.readouterr().err
