@@ -974,7 +974,7 @@ def run_folder(path):
     return Path(path).parent if Path(path).suffix == ".pt" else Path(path)
 
 
-def find_data(settings, checkpoint):
+def data_of_run(settings, checkpoint):
     """Folder of the data set that the settings or the run name; UserError if it is missing or of another tokenizer."""
     dataset = settings.dataset or checkpoint["settings"]["dataset"]
     folder = prepare_data.find_data(dataset, settings.data_dir or checkpoint["settings"]["data_dir"], "val")
@@ -1001,7 +1001,7 @@ def load_batches(folder, config, tokens, batch_size, block_size=None, device="cp
 def analyze_run(out_dir, settings, device):
     """All measures that the settings ask for: {"run": what was measured, name: its result}."""
     model, checkpoint = load_run(out_dir, device)
-    config, names, folder = model.config, settings.names(), find_data(settings, checkpoint)
+    config, names, folder = model.config, settings.names(), data_of_run(settings, checkpoint)
     if "experts" in names and not config.n_expert:
         if settings.metrics != "all":
             raise UserError(f"metrics=experts: {out_dir} has no experts")
@@ -1093,7 +1093,7 @@ def print_totals(results):
 def analyze_runs(settings, device):
     """Measures the runs one after the other: tables, analysis.json and figures."""
     for out_dir in settings.out_dirs:  # before the long part: what can be missing
-        find_data(settings, load_run(out_dir)[1])
+        data_of_run(settings, load_run(out_dir)[1])
         read_log(run_folder(out_dir) / "log.jsonl")
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))

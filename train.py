@@ -549,7 +549,7 @@ class Data:
 
 def open_data(checkpoint, setup):
     """The Data of a run. UserError for what does not fit its settings or its checkpoint."""
-    settings, folder = setup.settings, find_data(setup.settings, setup.processes)
+    settings, folder = setup.settings, data_folder(setup.settings, setup.processes)
     meta = prepare_data.read_meta(folder)
     vocab_size = settings.vocab_size or meta.get("vocab_size", 0)
     if not vocab_size:
@@ -577,7 +577,7 @@ def open_data(checkpoint, setup):
     return Data(folder, train_data, val_data, settings.architecture(vocab_size), tokenizer, bits_per_nat, sizes)
 
 
-def find_data(settings, processes):
+def data_folder(settings, processes):
     """Folder of the data set. The default one is prepared by one process if it is missing; UserError for any other."""
     if processes.rank == 0 and settings.dataset == "stdlib" and not (Path(settings.data_dir) / "stdlib").is_dir():
         print("preparing the default data set, this machine's Python standard library")
@@ -1220,7 +1220,7 @@ def plan(settings):
     """What a run would be, as text: the model's size, its tokens, steps and FLOPs, and the memory of each GPU, from a
     model on the meta device. Only epochs need the data, to count them."""
     if settings.max_iters is None:
-        data = TokenData(find_data(settings, Processes()), "train", settings.block_size, 2**31, rows=settings.rows)
+        data = TokenData(data_folder(settings, Processes()), "train", settings.block_size, 2**31, rows=settings.rows)
         settings.max_iters = count_steps(settings, len(data))
     with torch.device("meta"):
         model = GPT(settings.architecture(settings.vocab_size or prepare_data.byte_encoding().n_vocab))
