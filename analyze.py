@@ -1451,7 +1451,7 @@ def paired_differences(group, runs, name, baseline, ignored=()):
     differences = []
     for entry in group:
         partner = losses.get(key(entry["settings"] | {name: baseline}))
-        if entry["state"] == "finished" and partner is not None:
+        if entry["state"] == "finished" and None not in (entry["loss"], partner):
             differences.append(entry["loss"] - partner)
     return differences
 

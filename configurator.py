@@ -282,8 +282,10 @@ def save_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         cause = error
         while cause.__context__ and not isinstance(cause, OSError):  # torch.save hides what the disk said
             cause = cause.__context__

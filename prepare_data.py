@@ -1396,6 +1396,9 @@ def adopt(settings):
             shards.append({"file": path.name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
             if path.with_suffix(".mask").exists():
                 shards[-1]["mask_crc32"] = zlib.crc32(open_mask(path, tokens))
+        n_masks = sum("mask_crc32" in shard for shard in shards)
+        if n_masks not in (0, len(shards)):
+            raise UserError(f"{n_masks} of the {len(shards)} {split} shards in {folder} have a .mask")
         n_tokens, n_documents, n_bytes = map(int, (counts.sum(), counts[encoding.eot_token], counts @ lengths))
         if not n_tokens:
             raise UserError(f"no {split} shards ({split}_*.bin or {split}.bin) in {folder}")

@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -305,7 +306,8 @@ def train(checkpoint, data, setup, stop):
             record |= {"gate_grad_norm": gate_norm} if gates else {}
             folder.log(record | {"tokens": tokens} | print_step(record, model, times, setup))
         if step == begin["step"] + 1:
-            more = "with compilation" if setup.use_compile else f"about {clock(times.passed() + times.left(step))} in all"
+            total = clock(times.passed() + times.left(step))
+            more = "with compilation" if setup.use_compile else f"about {total} in all"
             print(f"the first step took {clock(times.steps[0])}, {more}")
         if step % settings.eval_interval == 0 or step >= settings.max_iters:
             with timed(times.evaluations):
@@ -317,7 +319,8 @@ def train(checkpoint, data, setup, stop):
     processes.wait()  # for the checkpoint
     if is_stopping and step < settings.max_iters:
         where = f"stopped at step {step}, {settings.out_dir}/ckpt.pt is of step {folder.saved_step}"
-        stop.end(f"{where}; continue with the same command and --init_from=resume")
+        more = f"--init_from=resume --out_dir={settings.out_dir}" + " --overwrite=false" * settings.overwrite
+        stop.end(f"{where}; continue with the same command and {more}")
     print(f"done in {clock(times.passed())}: {settings.out_dir}/ckpt.pt, {settings.out_dir}/log.jsonl")
     if report:
         print(picture(report))
@@ -397,14 +400,14 @@ OF_ONE_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus jobs de
 
 def settings_of_run(given):
     """({name: value}, checkpoint): what an earlier run hands on, its settings or, for fine-tuning, its architecture;
-    ({}, None) for a new run. Removes from `given` what leaves the architecture open, so that the run's counts.
+    ({}, None) for a new run. Removes from `given` what leaves to the run what it has decided (None, a vocab_size of 0).
     UserError if what is given contradicts it."""
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
     if init_from == "scratch" and not is_call:
         return {}, None
     if is_call and init_from not in ("scratch", "resume"):
-        raise UserError("init_from begins a run: name the run to evaluate or to sample with --out_dir")
+        raise UserError("init_from begins a run: leave it out, --out_dir names the run to evaluate or to sample")
     is_tuning = init_from not in ("scratch", "resume") and not is_call
     folder = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
     checkpoint = open_checkpoint(folder)
@@ -415,11 +418,12 @@ def settings_of_run(given):
         for name in ("gates", "optimizer"):
             if name in given and given[name] != of_run.get(name, Settings.__dataclass_fields__[name].default):
                 raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
-        if "max_iters" not in given and ("epochs" in given or "max_tokens" in given):
+        if given.get("max_iters") is None and ("epochs" in given or "max_tokens" in given):
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
     fixed = [n for n in checkpoint["config"] if not (is_tuning and n == "block_size")]  # no weight depends on that
-    for n in fixed:
+    decided = [n for n in checkpoint["config"] if n != "rope_scaling"]  # where None is a value, no scaling
+    for n in decided if is_tuning else [*decided, "freeze_gates"]:
         if n in given and (given[n] is None or n == "vocab_size" and given[n] == 0):
             del given[n]
     differ = [n for n in fixed if n in given and given[n] != of_run[n]]
@@ -978,8 +982,10 @@ class RunFolder:
                 give_second_name(self.log_path, self.path / "log_previous.jsonl")
             save_checkpoint(self.path / "ckpt.pt", state)
             if is_first:
-                for earlier in (self.log_path, *self.path.glob("ckpt_[0-9]*.pt")):
-                    earlier.unlink(missing_ok=True)
+                self.log_path.unlink(missing_ok=True)
+                for earlier in self.path.glob("ckpt_*.pt"):
+                    if re.fullmatch(r"ckpt_\d{6,}", earlier.stem):  # of keep_every
+                        earlier.unlink()
             if is_kept(step, settings):
                 give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
         self.saved_step = step
@@ -1006,6 +1012,8 @@ def check_out_dir(settings):
         raise UserError(f"out_dir {out_dir} is a file; it must be a folder")
     if any(out_dir.glob("ckpt*.pt")) and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
+    if settings.overwrite and Path(settings.init_from).resolve().parent == out_dir.resolve():
+        raise UserError(f"overwrite would remove {settings.init_from}: name another folder with --out_dir")
     if any(out_dir.glob("*/ckpt.pt")):
         raise UserError(f"{out_dir} holds the runs of a sweep: name another folder with --out_dir")
 
@@ -1028,12 +1036,16 @@ def save_checkpoint(path, state):
 
 def give_second_name(path, name):
     """Gives the file `path` the second name `name`, so that it is at no moment without its own."""
-    name.unlink(missing_ok=True)
+    link = name.with_name(name.name + ".link")
+    link.unlink(missing_ok=True)
     try:
-        os.link(path, name)
+        os.link(path, link)
     except OSError:  # a file system without links: a copy
         with open(path, "rb") as source:
             save_whole(name, lambda file: shutil.copyfileobj(source, file))
+        return
+    os.replace(link, name)
+    link.unlink(missing_ok=True)  # it stays where the two are one file already
 
 
 def open_loggers(settings):
@@ -1201,9 +1213,10 @@ def connected_processes():
             if processes.store.add("an error is told", 1) > 1:
                 sys.exit(2)
             if isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+                reason = str(error).partition("\n")[0]
                 raise UserError(
-                    "a process of this job has ended without a word (killed, or out of memory?); what was saved is "
-                    f"untouched, --init_from=resume goes on from there ({str(error).splitlines()[0]})"
+                    "a process of this job has ended without a word (killed, or out of memory?); "
+                    f"what was saved is untouched, --init_from=resume goes on from there ({reason})"
                 ) from None
         raise
     finally:
@@ -1377,8 +1390,7 @@ def build_trial(name, folder, given):
         model = build_model(open_data(base, setup).config, None, setup)
     set_gates(model, settings, is_new=True)
     trial = Trial(name, folder, given, settings)
-    has_run = any((folder / name).exists() for name in ("ckpt.pt", "ckpt_previous.pt"))
-    if settings.overwrite or not has_run:
+    if settings.overwrite or not any(folder.glob("ckpt*.pt")):
         return trial
 
     with prepare_data.locked(folder, f"training in {folder}"):

@@ -95,6 +95,7 @@ def test_paired_differences(runs):
     differences = analyze.paired_differences(group, runs, "norm", "pre")
     assert differences == pytest.approx([0.5, 0.4])
     assert analyze.plus_minus(differences, standard_error=True) == "0.45 ± 0.05 (2)"
+    assert analyze.paired_differences([{**group[0], "loss": None}], runs, "norm", "pre") == []  # of an early version
 
 
 def test_program(sweep, runs, monkeypatch, capsys):

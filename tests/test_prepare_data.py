@@ -1235,6 +1235,13 @@ def test_nanogpt_bins(tmp_path, bpe):
         Settings(**settings, tokenizer="bpe:300")
     prepare_data.verify(folder)
     (folder / "meta.json").unlink()
+    writer = prepare_data.ShardWriter(folder, "train", 263, 100)
+    writer.write(np.arange(9), np.ones(9, np.uint8))
+    writer.sync()
+    with pytest.raises(UserError, match="1 of the 2 train shards in .* have a .mask"):
+        prepare_data.adopt(Settings(**settings, tokenizer=str(bpe)))
+    for ending in ("bin", "mask"):
+        (folder / f"train_000000.{ending}").unlink()
     for split in ("train", "val"):
         (folder / f"{split}.mask").write_bytes(bytes([1] * len(open_shard(folder / f"{split}.bin"))))
     prepare_data.adopt(Settings(**settings, tokenizer=str(bpe)))

@@ -206,6 +206,7 @@ def test_exact_resume(folder, i, norm):
         done = call(*args, f"--out_dir={parts}", cwd=folder)
     if i % 6 < 5:
         assert done.returncode == 143 and f"SIGTERM: stopped at step {i % 6 + 1}" in done.stdout
+        assert f"continue with the same command and --init_from=resume --out_dir={parts}" in done.stdout
     done = call(f"--out_dir={parts}", "--init_from=resume", "--dtype=float32", "--device=cpu", cwd=folder)
     assert done.returncode == 0, done.stderr
     whole, resumed = (train.open_checkpoint(folder / d) for d in (f"whole-{norm}", parts))
@@ -815,7 +816,7 @@ def test_bare_shards_train(folder):
         (["--lisa_layers=1", "--compile"], "does not go with compile"),
         (["--nan_patience=0"], "nan_patience is 0"),
         (["--dry_run", "--gpus=3"], "gradient_accumulation_steps 2 cannot be shared by 3 GPUs"),
-        (["--eval_only", "--init_from=out-gpas_pre"], "init_from begins a run: name the run to evaluate"),
+        (["--eval_only", "--init_from=out-gpas_pre"], "init_from begins a run: leave it out"),
         (["--norm=gpas_pre", "--dtype=bfloat16_pure", "--float32_gates", "--shard"], "does not go with shard"),
         (["--gpus=8"], "gpus has no effect without dry_run: torchrun --nproc_per_node=8"),
         (["--dataset=truncated", "--vocab_size=257"], "truncated or damaged"),
@@ -921,22 +922,65 @@ def test_a_run_goes_on_by_the_same_command_or_without_its_settings(folder, tmp_p
     assert saved["step"] == 6 and saved["model"]["lm_head.weight"].dtype == torch.bfloat16
 
 
+def test_what_a_fine_tuned_run_has_decided_stays(folder, tmp_path):
+    """freeze_gates=none froze the gates of a fine-tuned run: they stay frozen when it goes on."""
+    (tmp_path / "tuning.py").write_text("freeze_gates = None\n")
+    command = [tmp_path / "tuning.py", *SMALL, *SHORT, "--init_from=out-gpas_pre", f"--out_dir={tmp_path / 'run'}"]
+    assert call(*command, "--max_iters=2", cwd=folder).returncode == 0
+    done = call(*command, "--max_iters=4", "--init_from=resume", cwd=folder)
+    assert done.returncode == 0 and "freeze_gates" not in done.stdout
+    assert load_checkpoint(tmp_path / "run")["settings"]["freeze_gates"] is True
+
+
+def test_a_new_length_replaces_that_of_the_run(folder, tmp_path):
+    run = f"--out_dir={tmp_path}"
+    assert call(*SMALL, *SHORT, "--max_iters=none", "--epochs=0.002", run, cwd=folder).returncode == 0
+    assert load_checkpoint(tmp_path)["step"] == 2
+    longer = ["--init_from=resume", run, "--device=cpu", "--max_iters=none", "--max_tokens=1024"]  # 4 steps of 256
+    assert call(*longer, cwd=folder).returncode == 0
+    assert load_checkpoint(tmp_path)["step"] == 4
+
+
+def test_no_scaling_is_not_the_scaling_of_the_run(folder, tmp_path):
+    (tmp_path / "scaled.py").write_text('rope_scaling = {"rope_type": "linear", "factor": 2.0}\n')
+    run = f"--out_dir={tmp_path / 'run'}"
+    assert call(tmp_path / "scaled.py", *SMALL, *SHORT, "--max_iters=1", run, cwd=folder).returncode == 0
+    done = call("--eval_only", "--rope_scaling=none", run, cwd=folder)
+    assert done.returncode == 2 and "is a model of rope_scaling" in done.stderr
+
+
 def test_a_new_run_takes_the_stages_of_the_earlier_one_away(folder, tmp_path):
     args = [*SMALL, *SHORT, f"--out_dir={tmp_path}", "--max_iters=2", "--device=cpu"]
     assert call(*args, "--keep_every=1", cwd=folder).returncode == 0
     assert call(*args, "--keep_every=2", "--overwrite", cwd=folder).returncode == 0
     assert sorted(path.name for path in tmp_path.glob("ckpt_0*.pt")) == ["ckpt_000000.pt", "ckpt_000002.pt"]
+    shutil.copy(tmp_path / "ckpt_000002.pt", tmp_path / "ckpt_best.pt")
+    stage = f"--init_from={tmp_path}/ckpt_000002.pt"
+    done = call(*args, stage, "--overwrite", cwd=folder)
+    assert done.returncode == 2 and "ckpt_000002.pt: name another folder" in done.stderr
+    assert call(*args, "--overwrite", cwd=folder).returncode == 0
+    assert sorted(path.name for path in tmp_path.glob("ckpt_*.pt")) == ["ckpt_best.pt", "ckpt_previous.pt"]
 
 
 def test_a_file_system_without_links(tmp_path):
     """The second name is a copy then, whole or not at all."""
-    (tmp_path / "a").write_bytes(b"new")
+    for step in (1, 2):
+        train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(step))
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with mock.patch("os.link", side_effect=OSError):
-        train.give_second_name(tmp_path / "a", tmp_path / "b")
-        assert (tmp_path / "b").read_bytes() == b"new"
         with mock.patch("shutil.copyfileobj", side_effect=OSError("disk full")):
-            with pytest.raises(configurator.UserError, match="cannot save .*/c: disk full"):
-                train.give_second_name(tmp_path / "a", tmp_path / "c")
+            with pytest.raises(configurator.UserError, match="cannot save .*/ckpt_previous.pt: disk full"):
+                train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(3))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+        train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(3))
+    assert (tmp_path / "ckpt_previous.pt").read_bytes() == files["ckpt.pt"]
+    assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+
+
+def test_two_names_of_one_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"1")
+    for _ in range(2):
+        train.give_second_name(tmp_path / "a", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
