@@ -1012,8 +1012,9 @@ def check_out_dir(settings):
         raise UserError(f"out_dir {out_dir} is a file; it must be a folder")
     if any(out_dir.glob("ckpt*.pt")) and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
-    if settings.overwrite and Path(settings.init_from).resolve().parent == out_dir.resolve():
-        raise UserError(f"overwrite would remove {settings.init_from}: name another folder with --out_dir")
+    stage = Path(settings.init_from)
+    if settings.overwrite and stage.suffix == ".pt" and stage.resolve().parent == out_dir.resolve():
+        raise UserError(f"overwrite would remove {stage}: name another folder with --out_dir")
     if any(out_dir.glob("*/ckpt.pt")):
         raise UserError(f"{out_dir} holds the runs of a sweep: name another folder with --out_dir")
 

@@ -958,7 +958,8 @@ def test_a_new_run_takes_the_stages_of_the_earlier_one_away(folder, tmp_path):
     stage = f"--init_from={tmp_path}/ckpt_000002.pt"
     done = call(*args, stage, "--overwrite", cwd=folder)
     assert done.returncode == 2 and "ckpt_000002.pt: name another folder" in done.stderr
-    assert call(*args, "--overwrite", cwd=folder).returncode == 0
+    here = [*args, "--overwrite", "--out_dir=.", f"--data_dir={folder / 'data'}"]
+    assert call(*here, cwd=tmp_path).returncode == 0
     assert sorted(path.name for path in tmp_path.glob("ckpt_*.pt")) == ["ckpt_best.pt", "ckpt_previous.pt"]
 
 
