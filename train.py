@@ -406,9 +406,9 @@ def settings_of_run(given):
     is_call = given.get("eval_only") or given.get("sample") is not None
     if init_from == "scratch" and not is_call:
         return {}, None
-    if is_call and init_from not in ("scratch", "resume"):
+    is_tuning = init_from not in ("scratch", "resume")
+    if is_call and is_tuning:
         raise UserError("init_from begins a run: leave it out, --out_dir names the run to evaluate or to sample")
-    is_tuning = init_from not in ("scratch", "resume") and not is_call
     folder = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
     checkpoint = open_checkpoint(folder)
     of_run = dict(checkpoint["config"])
