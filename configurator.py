@@ -12,7 +12,8 @@
 A config file is Python that assigns settings by name (`batch_size = 4`). It runs in a namespace of its own; its names
 that begin with an underscore, imported modules and functions are ignored. Later files and arguments override earlier
 ones. A program may accept lists of values too: `--batch_size=4,8`. `--help` prints the declaration: each setting with
-its type, default, limits and comment.
+its type, default, limits and the comment at the end of its line, which must be one line, under the headings that are
+comments of their own. Methods come after all settings.
 """
 
 import dataclasses
@@ -91,7 +92,7 @@ def read_settings(declaration, description, argv=None, positional=None, never_li
         print(help_text(declaration, description, positional))
         sys.exit(0)
     may_be_lists = set() if never_lists is None else set(declaration.__dataclass_fields__) - set(never_lists)
-    values, paths = {}, {}  # paths: the values of list[str] so far, to which later arguments add
+    values, paths = {}, {}  # paths: the values of list[str] so far, to which arguments add until a file gives others
     while args:
         arg = args.pop(0)
         if positional and not arg.startswith("--") and not arg.endswith(".py"):
@@ -114,6 +115,7 @@ def read_settings(declaration, description, argv=None, positional=None, never_li
                 given = {name: parse(declaration, name, texts[0])}
         elif arg.endswith(".py"):
             given = read_config_file(declaration, arg, may_be_lists)
+            paths = {name: texts for name, texts in paths.items() if name not in given}
         else:
             raise UserError(f"unexpected argument {arg!r}; settings are --name=value, config files end in .py")
         for name in given:
@@ -226,7 +228,7 @@ def kind_of(declaration, name, what="setting "):
 
 
 def fits(value, kinds):
-    """Whether a value is of the declared types. An int is a float too; a text with a zero byte cannot name a file."""
+    """Whether a value is of the declared types. An int under 2**53 is a float too; a text with a zero byte cannot name a file."""
     if isinstance(value, list) and list[str] in kinds:
         return all(fits(text, [str]) for text in value)
     if type(value) is int and float in kinds:

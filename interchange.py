@@ -459,9 +459,13 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
             (new / "generation_config.json").unlink(missing_ok=True)  # says nothing that config.json does not
             if new_tokenizer is not None:
                 new_tokenizer.save_pretrained(new)
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
+            try:
+                if folder.exists():
+                    folder.rename(old)
+                new.rename(folder)
+            finally:
+                if not folder.exists():
+                    old.rename(folder)  # what was there comes back
     return name, difference
 
 
@@ -790,8 +794,9 @@ def save_run(model, out_dir, tokenizer):
 def export_run(settings):
     """--export: the model of the run in out_dir, written to the folder --to."""
     model, checkpoint = load_run(settings.out_dir)
-    tokenizer, options = checkpoint["tokenizer"], (settings.family, settings.max_difference, settings.overwrite)
-    name, difference = export_hf(model, settings.to, tokenizer, *options)
+    tokenizer = checkpoint["tokenizer"]
+    options = {name: getattr(settings, name) for name in ("family", "max_difference", "overwrite")}
+    name, difference = export_hf(model, settings.to, tokenizer, **options)
     print(f"wrote {settings.to}: a {name}, logits within {difference:.1e} of the run's")
     if tokenizer is None:
         print("without a tokenizer: the run's data named none")
@@ -803,6 +808,8 @@ def import_run(settings):
     check_folder(folder)
     if (out_dir / "ckpt.pt").exists() and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run; --overwrite replaces it")
+    if (out_dir / "log.jsonl").exists():
+        raise UserError(f"{out_dir} holds a run that was trained: name another folder with --out_dir")
     prepare_data.find_files(settings.text)  # what is wrong ends it before anything is read or written
     tokenizer = None
     try:
@@ -857,6 +864,11 @@ ACTIONS = {
 def main():
     settings = configure(Settings, "Exports a run's model or imports one, in Hugging Face form; runs benchmarks.")
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")  # it says what matters itself
+    if settings.to and settings.action in ("harness", "questions_from"):  # a file, which is written at the very end
+        with explained(f"cannot write {settings.to}"):
+            Path(settings.to).parent.mkdir(parents=True, exist_ok=True)
+        if Path(settings.to).is_dir():
+            raise UserError(f"{settings.to} is a folder; --to names a file here")
     if settings.to and Path(settings.to).exists() and not settings.overwrite:
         raise UserError(f"{settings.to} is there already; --overwrite replaces it")
     action, _, _ = ACTIONS[settings.action]

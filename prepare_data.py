@@ -72,14 +72,14 @@ class Settings:
     tokenizer: str = "byte"  # byte, tiktoken's gpt2 ..., bpe:N (trained here), PATH.tiktoken, PATH.json, or a data set
     eot_token: str = ""  # tokenizer.json: its token between documents; none: the usual ones are tried
     bpe_sample: COUNT = 64_000_000  # bytes of text on which bpe:N is trained
-    max_tokens: NATURAL = 0  # stop at the first batch of documents that reaches so many; 0: all
+    max_tokens: NATURAL = 0  # stop at the first batch that reaches so many for training; 0: all
     # how
     data_dir: str = "data"  # the data set is written to data_dir/dataset
     val_fraction: SHARE | None = None  # share of the documents that is held out; none: 0.01, of stdlib 0.05
     shard_size: COUNT = 100_000_000  # tokens per shard
     shuffle_buffer: COUNT = 1000  # documents that are shuffled among each other, at most 16 MB of text; 1: none
     max_broken: NOT_NEGATIVE = 0.01  # broken or undecodable documents per good one, above which it is an error
-    seed: Annotated[int, (0, 2**32 - 1)] = 1337  # of the shuffle
+    seed: Annotated[int, (0, 2**32 - 1)] = 1337  # of the shuffle, and of the sample for bpe:N
     num_workers: NATURAL = 0  # processes that make tokens; 0: one per core, or one for bytes and small inputs
     save_interval: NOT_NEGATIVE = 10.0  # seconds of work that an interruption may cost
     overwrite: bool = False  # replace a data set of that name
@@ -164,6 +164,11 @@ def shard_paths(folder, split):
     return sorted(p for p in Path(folder).glob("*.bin") if re.search(rf"^{split}$|(^|_){split}_[^_]*$", p.stem))
 
 
+def data_dir_setting(data_dir):
+    """What a command line needs besides --dataset to find the data set."""
+    return "" if data_dir == Settings.data_dir else f" --data_dir={data_dir}"
+
+
 def find_data(dataset, data_dir, split):
     """The folder of a data set that has shards of `split` ("train", "val"): data_dir/dataset, or the path `dataset`.
     UserError if there is none."""
@@ -172,8 +177,8 @@ def find_data(dataset, data_dir, split):
             return folder
         if folder.is_dir() and split == "train":
             raise UserError(f"{folder} holds no train shards (train_*.bin)")
-    source = "" if dataset in CORPORA else "--input=PATH "
-    command = f"python prepare_data.py {source}--dataset={dataset}"
+    source = "" if dataset in (*CORPORA, "stdlib") else "--input=PATH "
+    command = f"python prepare_data.py {source}--dataset={dataset}{data_dir_setting(data_dir)}"
     raise UserError(f"no data set {dataset!r} with {split} shards in {data_dir}/; make it with: {command}")
 
 
@@ -378,7 +383,6 @@ BATCH_BYTES = 1 << 24  # of text that is shuffled at once
 SMALL = 1 << 22  # bytes of input under which worker processes are not worth their start
 SHOW_INTERVAL = 10  # seconds between lines that say how far it is
 ALTERED = "altered by the tokenizer"
-NOT_BROKEN = ("empty", ALTERED)  # problems that are counted, but are no reason to stop
 # settings that do not change the shards
 WITHOUT_EFFECT = ("dataset", "data_dir", "num_workers", "overwrite", "save_interval", "max_broken", "verify", "adopt")
 
@@ -398,7 +402,7 @@ def prepare(settings):
     if folder.exists():
         if not settings.overwrite:
             raise UserError(f"{folder} exists; --overwrite replaces it, --dataset=NAME writes another")
-        known = ("meta.json", *TOKENIZER_FILES.values())
+        known = ("meta.json", "progress.json", *TOKENIZER_FILES.values())
         strange = [p.name for p in folder.iterdir() if p.suffix not in (".bin", ".mask") and p.name not in known]
         if strange:
             raise UserError(f"{folder} is not a data set: it holds {strange[0]}; --dataset=NAME writes another")
@@ -412,13 +416,16 @@ def prepare(settings):
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of a run that ended while it removed it
                 folder.rename(old)
             partial.rename(folder)
+            (folder / "progress.json").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        kept = "nothing was left behind"
-        if partial.exists():
-            kept = f"what is done is kept in {partial}, the same command goes on from there"
+        kept = f"what is done is kept in {partial}, the same command goes on from there"
+        if not (partial / "progress.json").exists():
+            kept = "nothing of it is kept"
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {folder}: {error.strerror or error}; {kept}") from None
     return folder
 
@@ -426,8 +433,8 @@ def prepare(settings):
 def write_shards(settings, inputs, source, partial):
     """Documents -> tokens -> split, shuffle -> shards and meta.json in the folder `partial`.
 
-    Documents are taken in batches. After a batch, `state` is all there is to know; it is saved every save_interval
-    seconds, when what it speaks of is on the disk.
+    Documents are taken in batches. After a batch of which no document waits, `state` is all there is to know; it is
+    saved every save_interval seconds, when what it speaks of is on the disk.
     """
     started = saved = shown = time.monotonic()
     state, encoding = begin(settings, inputs, partial)
@@ -480,14 +487,14 @@ def write_shards(settings, inputs, source, partial):
             print(f"warning: {kind}: {count} documents, the first at {', '.join(places)}", file=sys.stderr)
     more = {"source": source, "seed": settings.seed, "problems": state["problems"]}
     write_meta(partial, state["tokenizer"], encoding, state["splits"], more)
-    (partial / "progress.json").unlink(missing_ok=True)
-    seconds, text = time.monotonic() - started, train["bytes"] + val["bytes"]
-    print(f"{len(inputs)} inputs with tokenizer {encoding.name} in {seconds:.1f} s, {text / 1e6 / seconds:.1f} MB/s")
+    seconds, n_bytes = time.monotonic() - started, train["bytes"] + val["bytes"] - bytes_before
+    print(f"{len(inputs)} inputs with tokenizer {encoding.name} in {seconds:.1f} s, {n_bytes / 1e6 / seconds:.1f} MB/s")
 
 
 def write_batch(documents, settings, writers, state):
-    """Writes a batch, each document to its split, in the order of the shuffle. Returns the documents that wait for the
-    next batch: the held-out part must not stay empty, so until a document is held out, the one of smallest hash waits.
+    """Writes a batch, each document to its split, in the order of the shuffle. While the held-out part is empty, the
+    document of smallest hash is kept back and returned, to be compared with those of the next batch. After 10,000
+    documents it is held out, since no progress is saved while a document waits.
     """
     waiting = []
     if documents and not state["splits"]["val"]["documents"]:
@@ -502,6 +509,9 @@ def write_batch(documents, settings, writers, state):
         shuffled += [some[j] for j in rng.permutation(len(some))]
     write_documents("train", [d for d in shuffled if d.hash >= settings.val_fraction], writers, state)
     write_documents("val", [d for d in shuffled if d.hash < settings.val_fraction], writers, state)
+    if state["splits"]["train"]["documents"] > 10_000:
+        write_documents("val", waiting, writers, state)
+        waiting = []
     return waiting
 
 
@@ -524,7 +534,8 @@ def check_problems(settings, state, source, n_waiting=0):
     """UserError if there is no text, or too much of it is broken."""
     n_train = state["splits"]["train"]["documents"]
     total = n_train + state["splits"]["val"]["documents"] + n_waiting
-    broken = {kind: found for kind, found in state["problems"].items() if kind not in NOT_BROKEN}
+    # those of the other two kinds are counted, but are no reason to stop
+    broken = {kind: found for kind, found in state["problems"].items() if kind not in ("empty", ALTERED)}
     n_broken = sum(count for count, _ in broken.values())
     if n_broken > settings.max_broken * max(total, 1):
         first = ", ".join(f"{kind} at {places[0]}" for kind, (_, places) in broken.items())
@@ -538,10 +549,10 @@ def check_problems(settings, state, source, n_waiting=0):
 
 
 def halves(document, encoding, source):
-    """Nine tenths of the only document and the rest, cut after a line's end where there is one."""
+    """Nine tenths of the only document and the rest, or somewhat less, so as to cut at the end of a line."""
     text = decode_bytes(encoding, document.tokens[1:])
     middle = len(text) * 9 // 10
-    middle = text.rfind(b"\n", 0, middle) + 1 or whole_characters(text[:middle])
+    middle = text.rfind(b"\n", middle // 2, middle) + 1 or whole_characters(text[:middle])
     if document.mask is not None or not 0 < middle < len(text):
         raise UserError(f"{', '.join(source)} holds one document only, which is too little for a held-out part")
     return [make_document(encoding, [encode(encoding, part)], [part]) for part in (text[:middle], text[middle:])]
@@ -730,15 +741,15 @@ def optional(module):
     """A module of an optional library; UserError that names its `pip install` where it is missing."""
     try:
         return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
+    except ImportError as error:
+        package = (error.name or module).partition(".")[0]  # it may be one that the library needs
         raise UserError(f"this needs the optional library {package}: pip install {package}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs: a reader for each kind. It yields pieces of the input from a Place on: (data, Place after it). The data are
-# whole lines as bytes (text, jsonl), or a list of rows, each a tuple of the fields' values. A piece depends on where it
-# starts alone, so that a continued run reads the same ones.
+# whole lines as bytes (text, jsonl), or a list of rows, each a tuple of the fields' values. A piece depends only on where
+# it starts, so that a continued run reads the same ones.
 
 JOB = 1 << 20  # bytes of text that a worker gets at once
 ROWS = 256  # of a parquet file or a hub corpus that are read at once
@@ -746,7 +757,7 @@ MAX_LINE = 1 << 28  # bytes of a line of jsonl
 
 
 class Place(NamedTuple):
-    """A place in the inputs: at the start of a line of text or jsonl, or of a row."""
+    """A place in the inputs: at the start of a line of text or jsonl (inside one of more than JOB), or of a row."""
 
     index: int = 0  # of the input
     offset: int = 0  # bytes before it, decompressed, or rows
@@ -1153,7 +1164,8 @@ class JsonTokenizer:
 def get_tokenizer(name, eot_token=""):
     """The tokenizer `name`: byte, one that tiktoken knows, PATH.tiktoken, PATH.json or a data set; or UserError.
 
-    A .tiktoken file (base64 token and rank a line) holds no pattern: text is cut into words as GPT-2 does.
+    A .tiktoken file (base64 token and rank a line) holds no pattern: text is cut into words as GPT-2 does. A file's
+    tokenizer has the name of the file, a tokenizer.json that of its folder.
     """
     if name == "byte":
         return byte_encoding()
@@ -1164,13 +1176,16 @@ def get_tokenizer(name, eot_token=""):
         return build_encoding(meta["tokenizer"])
     if name.endswith((".tiktoken", ".json")):
         is_json = name.endswith(".json")
+        own_name = Path(name).parent.resolve().name if is_json else Path(name).stem
+        if own_name == "byte":
+            raise UserError(f"tokenizer {name} would be named byte, as the tokenizer of bytes is: rename it")
         try:
             text = Path(name).read_text(encoding="utf-8")
             if is_json:
-                return JsonTokenizer(Path(name).parent.resolve().name, text, eot_token)
+                return JsonTokenizer(own_name, text, eot_token)
             from tiktoken_ext.openai_public import r50k_pat_str
 
-            return build_encoding({"name": Path(name).stem, "pattern": r50k_pat_str, "ranks": text})
+            return build_encoding({"name": own_name, "pattern": r50k_pat_str, "ranks": text})
         except (OSError, ValueError, OverflowError) as error:
             form = "a tokenizer.json" if is_json else "a .tiktoken file (base64 token, space, rank a line)"
             raise UserError(f"tokenizer {name} is not {form}: {getattr(error, 'strerror', None) or error}") from None
@@ -1229,7 +1244,8 @@ def tokenizer_state(encoding):
 
 
 def build_encoding(state):
-    """The tokenizer of a tokenizer_state; without special tokens, end-of-text follows the last rank. ValueError."""
+    """The tokenizer of a tokenizer_state. A .tiktoken file has no special tokens: end-of-text follows its last rank.
+    ValueError for ranks that make no tokenizer."""
     if state["name"] == "byte":
         return byte_encoding()
     if "json" in state:
@@ -1325,9 +1341,10 @@ def read_meta(folder):
         counts = [meta["vocab_size"], *(meta["splits"][s][n] for s in SPLITS for n in ("tokens", "bytes"))]
         if not all(type(count) is int and count > 0 for count in counts):
             raise ValueError("its counts are not positive integers")
-        [(shard["file"], shard["tokens"], shard["crc32"]) for s in SPLITS for shard in meta["splits"][s]["shards"]]
+        # KeyError or TypeError if a shard's entry lacks one, or holds what cannot name a file
+        {(shard["file"], shard["tokens"], shard["crc32"]) for s in SPLITS for shard in meta["splits"][s]["shards"]}
         return meta
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
 
 
@@ -1428,7 +1445,8 @@ def main():
         verify(folder)
         return
     folder = adopt(settings) if settings.adopt else prepare(settings)
-    print(f"wrote {folder}; train on it with: python train.py --dataset={settings.dataset}")
+    more = data_dir_setting(settings.data_dir)
+    print(f"wrote {folder}; train on it with: python train.py --dataset={settings.dataset}{more}")
 
 
 if __name__ == "__main__":

@@ -512,7 +512,7 @@ def set_up(settings, processes):
         use_compile = device.type == "cuda" and not settings.lisa_layers
     torch.backends.cuda.matmul.allow_tf32 = True
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # a device without an index is refused
     elif device.type == "cpu":
         keep_freed_memory()
     return Setup(settings, processes, device, dtype, use_compile)

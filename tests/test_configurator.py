@@ -155,6 +155,13 @@ def test_mistakes_in_a_file(tmp_path, text, message):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+def test_a_file_replaces_a_list_and_later_arguments_replace_the_files(tmp_path):
+    (tmp_path / "c.py").write_text("input = ['x']")
+    assert read("--input=a", "--input=b").input == ["a", "b"]
+    assert read("--input=a", str(tmp_path / "c.py")).input == ["x"]
+    assert read("--input=a", str(tmp_path / "c.py"), "--input=b").input == ["b"]
+
+
 def test_help_shows_every_setting(capsys):
     with pytest.raises(SystemExit) as stop:
         read("--help")

@@ -272,7 +272,7 @@ def test_import_gives_the_logits_of_transformers(name, transformers, tmp_path):
     assert (ours.argmax(-1) == logits.argmax(-1)).all()
 
 
-def test_export_replaces_an_export_only(transformers, tmp_path):
+def test_export_replaces_an_export_only(transformers, monkeypatch, tmp_path):
     model = GPT(small("pre"))
     export_hf(model, tmp_path / "there")
     with pytest.raises(UserError, match="there exists; --overwrite replaces it"):
@@ -282,6 +282,17 @@ def test_export_replaces_an_export_only(transformers, tmp_path):
     with pytest.raises(UserError, match="is not an export, it holds there"):
         export_hf(model, tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years" and (tmp_path / "there" / "config.json").exists()
+
+    def fails(self, target):
+        if self.name == "new":
+            raise OSError(39, "Directory not empty")
+        return rename(self, target)
+
+    before, rename = (tmp_path / "there" / "config.json").read_bytes(), Path.rename
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(UserError, match="cannot write .*there: Directory not empty"):
+        export_hf(model, tmp_path / "there", overwrite=True)
+    assert (tmp_path / "there" / "config.json").read_bytes() == before
 
 
 def test_damaged_config(transformers, tmp_path):
@@ -550,6 +561,8 @@ def test_program_there_and_back(tmp_path, monkeypatch, program, transformers):
     assert "def" in program(train, "--sample=def", "--out_dir=back", "--sample_tokens=5", "--dtype=float32")
     more = "--init_from=resume", "--out_dir=back", "--max_iters=1", "--gradient_accumulation_steps=1"
     assert "done" in program(train, *more, "--dtype=float32", "--sample_tokens=5")
+    with pytest.raises(UserError, match="back holds a run that was trained: name another folder with --out_dir"):
+        program(interchange, *again)
 
 
 def test_a_run_without_a_tokenizer(tmp_path, monkeypatch, program, transformers):
@@ -575,6 +588,7 @@ def test_a_run_without_a_tokenizer(tmp_path, monkeypatch, program, transformers)
         ("--export=hf --out_dir=x --to=y --family=gpt2", "unknown family 'gpt2'; known: llama"),
         ("--export=hf --out_dir=x --to=y --max_difference=0", "max_difference is 0.0; it must be at least"),
         ("--import_from=x --out_dir=y --block_size=0", "block_size is 0; it must be at least 1"),
+        ("--questions_from=arc_easy --to=.", ". is a folder; --to names a file here"),
         ("--export=hf --out_dir=nowhere --to=y", "no checkpoint nowhere/ckpt.pt"),
         ("--import_from=nowhere --out_dir=y", "nowhere/config.json: No such file or directory"),
     ],

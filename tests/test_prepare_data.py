@@ -279,6 +279,10 @@ def test_unknown_and_unreachable_tokenizers(tmp_path, monkeypatch):
         prepare_data.get_tokenizer("gtp2")
     with pytest.raises(UserError, match="No such file"):
         prepare_data.get_tokenizer(str(tmp_path / "x.tiktoken"))
+    ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+    (tmp_path / "byte.tiktoken").write_text(ranks + "YWI= 256\n")
+    with pytest.raises(UserError, match="byte.tiktoken would be named byte, as the tokenizer of bytes is: rename it"):
+        prepare_data.get_tokenizer(str(tmp_path / "byte.tiktoken"))
     for content in ("not base64\n", "aGk= 0\n", "onlyone\n"):
         (tmp_path / "x.tiktoken").write_text(content)
         with pytest.raises(UserError, match="not a .tiktoken file"):
@@ -430,7 +434,10 @@ def test_damaged_meta(tmp_path, corpus):
         TokenData(folder, "val", 8, 257)
     meta["splits"]["val"]["tokens"] -= 1
     (folder / "meta.json").write_text(json.dumps(meta))
-    for text in ("{", "[]", "{}", (folder / "meta.json").read_text().replace("257", "-3"), '{"tokenizer": {"name": "byte"}}', '{"tokenizer": {"name": "x"}, "vocab_size": 1}'):
+    good = (folder / "meta.json").read_text()
+    listed = good.replace('"train_000000.bin"', "[]")
+    texts = "{", "[]", "{}", "[" * 100_000, good.replace("257", "-3"), listed
+    for text in (*texts, '{"tokenizer": {"name": "byte"}}', '{"tokenizer": {"name": "x"}, "vocab_size": 1}'):
         (folder / "meta.json").write_text(text)
         with pytest.raises(UserError, match="meta.json is damaged"):
             prepare_data.read_meta(folder)
@@ -729,7 +736,8 @@ def test_a_full_disk_costs_nothing(big, tmp_path, limit):
     full = start(big, tmp_path, "--save_interval=0", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     _, err = full.communicate()
     assert full.returncode == 2 and not (tmp_path / "d").exists()
-    assert re.fullmatch(r"error: cannot write .*/d: File too large; what is done is kept in .*, the same command .*", err.splitlines()[-1])
+    message = "error: cannot write .*/d: File too large; nothing of it is kept"  # the first shard was not on the disk yet
+    assert re.fullmatch(message, err.splitlines()[-1]) and not (tmp_path / ".d.partial").exists()
     assert "Traceback" not in err
     again = start(big, tmp_path)
     assert again.communicate() and again.returncode == 0
@@ -764,6 +772,14 @@ def test_two_runs_do_not_mix(tmp_path, corpus):
         prepare(tmp_path, corpus)
     os.close(handle)
     prepare(tmp_path, corpus)
+
+
+def test_an_overwrite_after_one_that_was_killed_in_removing_the_old_data(tmp_path, corpus):
+    folder = prepare(tmp_path, corpus, dataset="d")
+    (tmp_path / "data" / ".d.old").mkdir()
+    (tmp_path / "data" / ".d.old" / "train_000000.bin").write_text("what was not removed yet")
+    assert prepare(tmp_path, corpus, dataset="d", overwrite=True, seed=3) == folder
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["d"] and not (folder / "progress.json").exists()
 
 
 def test_an_overwrite_that_was_killed_between_its_renames(tmp_path, corpus):
@@ -1169,6 +1185,20 @@ def test_lists_of_turns_count_as_text_of_a_job(tmp_path):
     inputs = prepare_data.find_files([str(tmp_path / "a.parquet")])
     jobs = list(prepare_data.read_jobs(inputs, Place(), ["conversations"]))
     assert len(jobs) == 4 and sum(len(data) for job, _ in jobs for *_, data in job) == 2000
+
+
+def test_the_only_document_is_cut_near_nine_tenths(tmp_path):
+    (tmp_path / "a.txt").write_text("Title\n" + "x" * 50_000)
+    folder = prepare(tmp_path, tmp_path / "a.txt")
+    assert [len(documents(folder, split)[0]) for split in ("train", "val")] == [45_005, 5001]
+
+
+def test_progress_is_saved_although_a_document_waits_to_be_held_out(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "x" * 200}) + "\n") * 20_000)
+    saved, save = [], prepare_data.save_json
+    monkeypatch.setattr(prepare_data, "save_json", lambda path, value: saved.append(path.name) or save(path, value))
+    folder = prepare(tmp_path, tmp_path / "a.jsonl", val_fraction=0.0, save_interval=0.0, num_workers=1)
+    assert saved.count("progress.json") >= 2 and len(documents(folder, "val")) == 1
 
 
 def test_prompts_need_rows(tmp_path, corpus):
