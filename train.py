@@ -68,6 +68,8 @@ OPTIMIZERS = {
 }
 
 
+# A setting is one line: its comment is its --help, and a comment line above it begins a heading there. What concerns one
+# call alone stands in OF_ONE_CALL too, what cannot be a list in NEVER_LISTS, what may change within a sweep in MAY_DIFFER.
 @dataclass
 class Settings(GPTConfig):
     vocab_size: NATURAL = 0  # rows of the embedding and of the head; 0: the tokenizer's vocabulary
@@ -105,13 +107,13 @@ class Settings(GPTConfig):
     gate_clip: NOT_NEGATIVE = 0.0  # of all gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
     gates: str | None = None  # fixed gates: a number, n_layer of them with commas between, or a run's folder (its)
     freeze_gates: bool | None = None  # gates stay what they are at the start; none: in fine-tuning (GPAS section 4.1)
-    lisa_layers: int = 0  # LISA: train only the embedding, the head and so many layers, drawn anew; 0: all layers
+    lisa_layers: NATURAL = 0  # LISA: train only so many blocks, drawn anew, and what is outside of them; 0: all
     lisa_interval: COUNT = 20  # LISA: steps between draws
     nan_patience: COUNT = 3  # steps in a row with a loss or gradient that is not finite, each skipped, that end the run
     # evaluation and log
     eval_interval: COUNT = 50  # steps between evaluations, each followed by a checkpoint
     eval_iters: COUNT = 13  # batches of the held-out set, the same each time and for every seed
-    last_eval_iters: NATURAL | None = None  # batches of the last evaluation; none: eval_iters; 0: all held-out data
+    last_eval_iters: NATURAL | None = None  # batches of the last evaluation and of eval_only; none: eval_iters; 0: all
     log_interval: COUNT = 10  # steps between lines
     keep_every: NATURAL = 0  # steps between checkpoints that stay, as ckpt_<step>.pt; 0: the last two stay
     sample_tokens: COUNT = 200  # length of a sample
@@ -158,7 +160,7 @@ class Settings(GPTConfig):
             raise ValueError(f"float32_gates has no effect with dtype={self.dtype}: it needs dtype=bfloat16_pure")
         if self.float32_gates and self.shard:
             raise ValueError("float32_gates does not go with shard, which needs one dtype in all of a block")
-        if not 0 <= self.lisa_layers <= self.n_layer:
+        if self.lisa_layers > self.n_layer:
             raise ValueError(f"lisa_layers is {self.lisa_layers}; the model has {self.n_layer} layers")
         for name in ("compile", "shard"):
             if self.lisa_layers and getattr(self, name):
@@ -183,15 +185,15 @@ def main():
     with connected_processes() as processes:
         stop = StopRequest(is_main=processes.rank == 0)
         given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
-        for name in ("epochs", "max_tokens"):
-            if given.get(name) is not None and given.get("max_iters") is not None:
-                warnings.warn(f"{name} has no effect, max_iters {given['max_iters']} counts: or give --max_iters=none")
+        for name, first in (("epochs", "max_iters"), ("max_tokens", "max_iters"), ("max_tokens", "epochs")):
+            if given.get(name) is not None and given.get(first) is not None:
+                warnings.warn(f"{name} has no effect, {first} {given[first]} counts: or give --{first}=none")
         if is_sweep(given):
             sweep(given, processes, stop)
             return
         if given.get("jobs"):
             warnings.warn("jobs has no effect: no setting is a list of values")
-        of_run, checkpoint = settings_of_run(given)  # both empty for a new run
+        of_run, checkpoint = settings_of_run(given)  # ({}, None) for a new run
         settings = build_settings(Settings, {**of_run, **given})
         if settings.dry_run:
             print(plan(settings))
@@ -255,7 +257,7 @@ def train(checkpoint, data, setup, stop):
     # -- the loop; `step` is the number of steps that are done
     model.train()
     is_stopping, batches = False, read_step(data, step, setup)
-    if val_loss is None:
+    if val_loss is None:  # a new run, or an imported one
         with timed(times.evaluations):
             val_loss, report = measure()
             save()
@@ -295,7 +297,7 @@ def train(checkpoint, data, setup, stop):
         is_stopping = n_stops > 0
 
         if not is_finite:
-            what = f"loss is {loss}, gradient norm {grad_norm} at step {step}, lr {lr:.2e}"
+            what = f"loss is {loss}, gradient norm {grad_norm}, of the gates {gate_norm} at step {step}, lr {lr:.2e}"
             if skipped >= settings.nan_patience:
                 what = f"{what}, {skipped} such steps in a row"
                 folder.end_where_not_finite(step, what, model, last_batches)
@@ -304,7 +306,8 @@ def train(checkpoint, data, setup, stop):
         elif step % settings.log_interval == 0:
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_grad_norms": layer_norms}
             record |= {"gate_grad_norm": gate_norm} if gates else {}
-            folder.log(record | {"tokens": tokens} | print_step(record, model, times, setup))
+            more = print_step(record, model, times, setup)
+            folder.log(record | {"tokens": tokens} | more)
         if step == begin["step"] + 1:
             total = clock(times.passed() + times.left(step))
             more = "with compilation" if setup.use_compile else f"about {total} in all"
@@ -313,10 +316,10 @@ def train(checkpoint, data, setup, stop):
             with timed(times.evaluations):
                 val_loss, report = measure()
                 save()
-        elif skipped == 0 and (is_stopping or is_kept(step, settings)):  # else that from before the skipped steps stays
+        elif skipped == 0 and (is_stopping or is_kept(step, settings)):  # after skipped steps the one before them stays
             save()
 
-    processes.wait()  # for the checkpoint
+    processes.wait()  # until rank 0 has written the checkpoint
     if is_stopping and step < settings.max_iters:
         where = f"stopped at step {step}, {settings.out_dir}/ckpt.pt is of step {folder.saved_step}"
         more = f"--init_from=resume --out_dir={settings.out_dir}" + " --overwrite=false" * settings.overwrite
@@ -331,7 +334,7 @@ def train(checkpoint, data, setup, stop):
 @torch.no_grad()
 def evaluate(model, data, setup, n):
     """Mean loss in nats over the tokens with a target of n batches of `data`, the same at each call; of all its whole
-    batches if n is 0 or more than they are. The processes share them."""
+    batches if n is 0, or more than there are. The processes share them."""
     model.eval()
     processes, batch_size = setup.processes, setup.settings.batch_size
     available = max(1, len(data) // batch_size)
@@ -418,14 +421,14 @@ def settings_of_run(given):
         for name in ("gates", "optimizer"):
             if name in given and given[name] != of_run.get(name, Settings.__dataclass_fields__[name].default):
                 raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
-        if given.get("max_iters") is None and ("epochs" in given or "max_tokens" in given):
+        if given.get("max_iters") is None and ("epochs" in given or "max_tokens" in given):  # a new length
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
-    fixed = [n for n in checkpoint["config"] if not (is_tuning and n == "block_size")]  # no weight depends on that
     decided = [n for n in checkpoint["config"] if n != "rope_scaling"]  # where None is a value, no scaling
     for n in decided if is_tuning else [*decided, "freeze_gates"]:
-        if n in given and (given[n] is None or n == "vocab_size" and given[n] == 0):
+        if n in given and (given[n] is None or n == "vocab_size" and given[n] == 0):  # as the run has it
             del given[n]
+    fixed = [n for n in checkpoint["config"] if not (is_tuning and n == "block_size")]  # no weight depends on that
     differ = [n for n in fixed if n in given and given[n] != of_run[n]]
     if differ:
         wrong = ", ".join(f"{n} {of_run[n]} (given {given[n]})" for n in differ)
@@ -455,11 +458,13 @@ def open_checkpoint(path):
 
 
 def evaluate_run(checkpoint, data, setup):
-    """--eval_only"""
+    """--eval_only: the last evaluation of the run."""
+    settings = setup.settings
     model = build_model(data.config, checkpoint["model"], setup)
-    loss = evaluate(model, data.val, setup, setup.settings.eval_iters)
+    n = settings.eval_iters if settings.last_eval_iters is None else settings.last_eval_iters
+    loss = evaluate(model, data.val, setup, n)
     if not math.isfinite(loss):
-        raise UserError(f"the validation loss of {setup.settings.out_dir}/ckpt.pt is {loss}")
+        raise UserError(f"the validation loss of {settings.out_dir}/ckpt.pt is {loss}")
     print(f"step {checkpoint['step']}: {describe_loss(loss, data)[0]}")
 
 
@@ -505,7 +510,8 @@ def set_up(settings, processes):
             name = f"cuda:{os.environ['LOCAL_RANK']}"
     device, dtype = usable_device(name), settings.dtype
     if dtype == "auto":
-        is_fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
+        on_cuda = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+        is_fast = {"cuda": on_cuda, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
         dtype = "bfloat16" if is_fast and is_fast() else "float32"
     use_compile = settings.compile
     if use_compile is None:
@@ -570,11 +576,13 @@ def open_data(checkpoint, setup):
 
     train_data = TokenData(folder, "train", settings.block_size, vocab_size, settings.seed, settings.rows)
     val_data = TokenData(folder, "val", settings.block_size, vocab_size, rows=settings.rows)
-    if settings.max_iters is None:
+    if settings.max_iters is None:  # of the settings this one alone waits for the data
         settings.max_iters = count_steps(settings, len(train_data))
     sizes = {path: os.path.getsize(path) for part in (train_data, val_data) for path in part.paths}
     if settings.init_from == "resume" and settings.dataset == checkpoint["settings"].get("dataset"):
         check_shards({folder / str(name): size for name, size in checkpoint["shards"].items()})
+        if new := {path.name for path in sizes} - checkpoint["shards"].keys() if checkpoint["shards"] else ():
+            warnings.warn(f"{folder} has new shards, {sorted(new)[0]} the first: the order of the data is another now")
     bits_per_nat = None
     if meta:
         bits_per_nat = meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"] / math.log(2)
@@ -653,7 +661,7 @@ def build_model(config, weights, setup):
         if settings.shard:
             shard_model(model, setup)
         return model.to(setup.device)
-    except (RuntimeError, MemoryError, OverflowError, AttributeError) as error:
+    except (RuntimeError, MemoryError, OverflowError) as error:
         reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
         raise UserError(f"this model cannot be built: {reason}") from None
 
@@ -673,13 +681,11 @@ def shard_model(model, setup):
 
 
 def whole(tree, keep=True):
-    """A tensor, or nested dicts and lists of them, with every sharded one in one piece on the CPU. All processes take
-    part; without `keep` this one gets None for a sharded tensor."""
+    """A tensor, or nested dicts of them, with every sharded one in one piece on the CPU. All processes take part;
+    without `keep` this one gets None for a sharded tensor."""
     if isinstance(tree, dict):
         return {key: whole(value, keep) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [whole(value, keep) for value in tree]
-    if not hasattr(tree, "full_tensor"):  # no DTensor (their import takes a second: it is for those who shard)
+    if not hasattr(tree, "full_tensor"):  # no DTensor (isinstance would import them, which takes a second)
         return tree
     tensor = tree.full_tensor()
     return tensor.cpu() if keep else None
@@ -731,7 +737,7 @@ def load_moments(optimizer, saved):
 
 
 def set_gates(model, settings, is_new):
-    """Predefined gates, at the start of a run, and gates that do not learn."""
+    """Gives a new run its predefined gates (settings.gates), and says of all gates whether they learn."""
     if settings.gates is not None and is_new:
         try:
             model.set_gates(read_gates(settings.gates, model.config))
@@ -805,8 +811,9 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 
 
 def print_step(record, model, times, setup):
-    """Prints the line of a step from its record for the log. What the log has besides: the speed since the last line,
-    and what training adds to the cross-entropy, of this process's last micro-batch."""
+    """Prints the line of a step from its record for the log. What the log has besides: the speed, in tokens with
+    padding, of the last log_interval steps, and what training adds to the cross-entropy, of this process's last
+    micro-batch."""
     settings, step = setup.settings, record["step"]
     rate = settings.tokens_per_step / max(fmean(times.steps), 1e-9)
     more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
@@ -924,8 +931,8 @@ def write_sample(model, tokenizer, prompt, setup):
 
 
 class RunFolder:
-    """settings.out_dir, in which the process of rank 0 writes. What was there stays as it is until a new run has saved
-    its first checkpoint; then the log that was there becomes log_previous.jsonl."""
+    """settings.out_dir, in which the process of rank 0 writes. The run that was there stays until a new one has saved its
+    first checkpoint; its log is log_previous.jsonl then."""
 
     def __init__(self, resumed, setup):
         """`resumed` is the checkpoint of a run that goes on, or None. Lines of its log for later steps are removed, and
@@ -986,10 +993,10 @@ class RunFolder:
                 for earlier in self.path.glob("ckpt_*.pt"):
                     if re.fullmatch(r"ckpt_\d{6,}", earlier.stem):  # of keep_every
                         earlier.unlink()
-            if is_kept(step, settings):
-                give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
         self.saved_step = step
         self.write_lines()
+        if self.is_main and is_kept(step, settings):
+            give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
 
     def end_where_not_finite(self, step, what, model, batches):
         """UserError, and a line in the log, that says where the first value that is not finite arises in a pass over
@@ -1012,9 +1019,10 @@ def check_out_dir(settings):
         raise UserError(f"out_dir {out_dir} is a file; it must be a folder")
     if any(out_dir.glob("ckpt*.pt")) and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
-    stage = Path(settings.init_from)
-    if settings.overwrite and stage.suffix == ".pt" and stage.resolve().parent == out_dir.resolve():
-        raise UserError(f"overwrite would remove {stage}: name another folder with --out_dir")
+    base = Path(settings.init_from)
+    folder = base.parent if base.suffix == ".pt" else base
+    if settings.overwrite and settings.init_from != "scratch" and folder.resolve() == out_dir.resolve():
+        raise UserError(f"overwrite would remove {base}: name another folder with --out_dir")
     if any(out_dir.glob("*/ckpt.pt")):
         raise UserError(f"{out_dir} holds the runs of a sweep: name another folder with --out_dir")
 
@@ -1029,6 +1037,8 @@ def save_checkpoint(path, state):
 
     def write(file):
         torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before the checkpoint that was the previous one goes
         if path.exists():
             give_second_name(path, path.with_name("ckpt_previous.pt"))
 
@@ -1051,8 +1061,9 @@ def give_second_name(path, name):
 
 def open_loggers(settings):
     """Functions of (step, {name: number}) for the services that the settings ask for."""
-    loggers, package = [], "wandb"
+    loggers = []
     try:
+        package = "wandb"
         if settings.wandb:
             import wandb
 
@@ -1232,12 +1243,15 @@ def connected_processes():
 
 def plan(settings):
     """What a run would be, as text: the model's size, its tokens, steps and FLOPs, and the memory of each GPU, from a
-    model on the meta device. Only epochs need the data, to count them."""
+    model on the meta device. Only epochs need the data, to count them; without data the vocabulary is that of bytes."""
     if settings.max_iters is None:
-        data = TokenData(data_folder(settings, Processes()), "train", settings.block_size, 2**31, rows=settings.rows)
+        folder = data_folder(settings, Processes())
+        data = TokenData(folder, "train", settings.block_size, 2**31, rows=settings.rows)  # of any vocabulary
         settings.max_iters = count_steps(settings, len(data))
+    meta = prepare_data.read_meta(Path(settings.data_dir) / settings.dataset)
+    vocab_size = settings.vocab_size or meta.get("vocab_size") or prepare_data.byte_encoding().n_vocab
     with torch.device("meta"):
-        model = GPT(settings.architecture(settings.vocab_size or prepare_data.byte_encoding().n_vocab))
+        model = GPT(settings.architecture(vocab_size))
     count, G, tokens = model.count_params(), 1e9, settings.tokens_per_step * settings.max_iters
     one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
     n_copies = 2 if settings.optimizer == "sgd" else 4  # the weight, its gradient, and Adam's two moments
@@ -1245,14 +1259,15 @@ def plan(settings):
     state = n_copies * bytes_each * count["total"] / (settings.gpus if settings.shard else 1)
     flops, activations = model.flops_per_token(), activation_bytes(model, settings)
     return (
-        f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {count['total']:,} parameters\n"
+        f"{settings.norm}: {settings.n_layer} layers x {settings.n_embd}, {vocab_size:,} tokens in the vocabulary, "
+        f"{count['total']:,} parameters\n"
         f"  {count['active']:,} active, {one_vocab:,} with one vocabulary matrix, {count['non_embedding']:,} with none\n"
         f"  {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens: {tokens / G:.3g}G tokens\n"
         f"  {flops / G:.3g} GFLOP a token, {flops * tokens:.3g} FLOP in all\n"
         f"  on each of {settings.gpus} GPUs: {settings.tokens_per_step // settings.gpus:,} tokens a step, "
         f"and in memory {state / G:.3g} GB of weights, gradients and moments "
         f"({'sharded' if settings.shard else 'whole'}) + "
-        f"{activations / G:.3g} GB of activations ({settings.batch_size} sequences, "
+        f"{activations / G:.3g} GB of activations in bfloat16 autocast ({settings.batch_size} sequences, "
         f"{'blocks recomputed' if settings.recompute else 'all kept'})"
     )
 
@@ -1291,7 +1306,7 @@ SWEEP = "NANONORM_SWEEP"
 # What cannot be a list: folders, how the program is called, and a text that has commas of its own.
 NEVER_LISTS = "out_dir init_from data_dir overwrite jobs eval_only sample dry_run gpus gates".split()
 
-# Where an earlier run may differ from the sweep that it belongs to: its length, and how it is watched.
+# Where an earlier run may differ from the sweep that it belongs to: its length, where its data are, how it is watched.
 MAY_DIFFER = "max_iters max_tokens epochs vocab_size data_dir eval_interval log_interval keep_every".split()
 MAY_DIFFER += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split()
 MAY_DIFFER += [name for name in OF_ONE_CALL if name != "init_from"]
@@ -1301,8 +1316,7 @@ MAY_DIFFER += [name for name in OF_ONE_CALL if name != "init_from"]
 class Trial:
     """One combination of a sweep: a run in a folder of its own."""
 
-    name: str  # what sets it apart: norm=pre,seed=1
-    folder: Path
+    folder: Path  # its name is what sets it apart: norm=pre,seed=1
     given: dict  # settings, as train.py takes them
     settings: Settings
     step: int = 0
@@ -1336,7 +1350,7 @@ def is_sweep(given):
 def sweep(given, processes, stop):
     """Trains every combination of the settings that are lists, several at a time, each in its own folder in out_dir.
 
-    What is finished there is not repeated, what was interrupted goes on. UserError before the first one starts for a
+    What is finished there is not repeated, unless with overwrite; what was interrupted goes on. UserError before the first one starts for a
     mistake in any of them, and at the end if a run has failed; a run that diverges has an outcome too.
     """
     lists = {name: values for name, values in given.items() if isinstance(values, list)}
@@ -1357,27 +1371,28 @@ def sweep(given, processes, stop):
     for values in itertools.product(*lists.values()):
         combination = dict(zip(lists, values))
         name = ",".join(f"{setting}={value}" for setting, value in combination.items()).replace("/", "_")
-        if any(trial.name == name for trial in trials):
+        if any(trial.folder.name == name for trial in trials):
             raise UserError(f"the lists give {name} twice")
         try:
-            trials.append(build_trial(name, folder / name, {**given, **combination, "out_dir": str(folder / name)}))
+            trials.append(build_trial(folder / name, {**given, **combination, "out_dir": str(folder / name)}))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
     folder.mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(folder, f"training the runs in {folder}"):
-        train_trials(trials, folder, stop)
+        train_trials(trials, stop)
     print_table(trials)
+    again = "the same command" + " with --overwrite=false" * trials[0].settings.overwrite
     if stop.number:
-        stop.end("stopped; the same command goes on from here")
+        stop.end(f"stopped; {again} goes on from here")
     print(f"compare them with: python analyze.py {folder}")
     n_failed = sum(trial.outcome.startswith("failed") for trial in trials)
     if n_failed:
-        advice = "train.log in a run's folder says more, the same command tries them again"
+        advice = f"train.log in a run's folder says more, {again} tries them again"
         raise UserError(f"{n_failed} of {len(trials)} runs failed; {advice}")
 
 
-def build_trial(name, folder, given):
+def build_trial(folder, given):
     """The Trial of a combination as its folder holds it. UserError for what would end its run at the start, and if the
     run that is there has other settings or is being trained."""
     base_config, base = settings_of_run(given)  # of the run that is fine-tuned
@@ -1390,7 +1405,7 @@ def build_trial(name, folder, given):
     with torch.device("meta"):
         model = build_model(open_data(base, setup).config, None, setup)
     set_gates(model, settings, is_new=True)
-    trial = Trial(name, folder, given, settings)
+    trial = Trial(folder, given, settings)
     if settings.overwrite or not any(folder.glob("ckpt*.pt")):
         return trial
 
@@ -1416,7 +1431,7 @@ def takes_any_gpu(settings):
     return settings.device in ("auto", "cuda") and torch.cuda.is_available()
 
 
-def train_trials(trials, folder, stop):
+def train_trials(trials, stop):
     """Trains the runs without an outcome, as many at a time as there are GPUs or cores, and gives them one."""
     waiting = [trial for trial in trials if not trial.outcome]
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1492,16 +1507,16 @@ def train_trial(trial, free, stop):
     finally:
         free.append(place)
     if trial.outcome:
-        print(f"{trial.name} {trial.outcome}".ljust(100), file=sys.stderr)
+        print(f"{trial.folder.name} {trial.outcome}".ljust(100), file=sys.stderr)
 
 
 def print_table(trials):
-    width = max(len(trial.name) for trial in trials)
+    width = max(len(trial.folder.name) for trial in trials)
     print(f"{'run':{width}}   step  held-out loss")
     for trial in trials:
         loss = "" if trial.loss is None else f"{trial.loss:.4f}"
         note = "" if trial.outcome == "finished" else trial.outcome or "not finished"
-        print(f"{trial.name:{width}}  {trial.step:5d}  {loss:13}  {note}".rstrip())
+        print(f"{trial.folder.name:{width}}  {trial.step:5d}  {loss:13}  {note}".rstrip())
 
 
 if __name__ == "__main__":

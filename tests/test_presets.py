@@ -184,6 +184,13 @@ def test_a_dry_run_from_any_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_has_the_vocabulary_of_the_data(monkeypatch):
+    meta = {"vocab_size": 50_257}
+    monkeypatch.setattr(train.prepare_data, "read_meta", lambda folder: meta if folder.name == "there" else {})
+    sizes = [re.search(r"([\d,]+) tokens in the voc", train.plan(train.Settings(dataset=d)))[1] for d in ("there", "not")]
+    assert sizes == ["50,257", "257"]
+
+
 def test_memory_of_weights_gradients_and_moments():
     """4 copies of a parameter with Adam and 2 with SGD, of 2, 4 or 8 bytes."""
     for flags, n_bytes in (({}, 16), ({"optimizer": "sgd"}, 8), ({"dtype": "bfloat16_pure"}, 8), ({"dtype": "float64"}, 32)):

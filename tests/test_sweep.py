@@ -212,8 +212,9 @@ def test_disk_full_in_one_run(folder):
     args = "tiny.py", "--max_iters=none", "--epochs=0.001", "--out_dir=full", "--seed=1,2"
     data = prepare_data.TokenData(folder / "data" / "d", "train", 16, 257)
     last = train.count_steps(train.Settings(epochs=0.001, batch_size=2, gradient_accumulation_steps=1), len(data))
-    done = call(*args, cwd=folder)
+    done = call(*args, "--overwrite", cwd=folder)
     assert done.returncode == 2 and "1 of 2 runs failed" in done.stderr.splitlines()[-1]
+    assert "the same command with --overwrite=false tries them again" in done.stderr.splitlines()[-1]
     assert "failed: cannot save full/seed=1/ckpt.pt: No space left on device" in done.stdout.splitlines()[1]
     assert steps(folder / "full") == {"seed=2": last}
     before = files(folder / "full" / "seed=2")
@@ -286,6 +287,6 @@ def test_runs_on_one_device_take_turns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_trial", lambda trial, free, stop: setattr(trial, "outcome", "finished"))
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: range(4), raising=False)
     for device, n_jobs in (("mps", 1), ("cpu", 4)):
-        trials = [train.Trial(name, tmp_path / name, {}, train.Settings(device=device)) for name in "ab"]
-        train.train_trials(trials, tmp_path, train.StopRequest(is_main=True))
+        trials = [train.Trial(tmp_path / name, {}, train.Settings(device=device)) for name in "ab"]
+        train.train_trials(trials, train.StopRequest(is_main=True))
         assert f"2 runs, {n_jobs} at a time" in capsys.readouterr().err

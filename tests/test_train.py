@@ -382,6 +382,16 @@ def test_a_passing_non_finite_value_is_skipped(folder, tmp_path):
     assert all(math.isfinite(r["loss"]) for r in log if "loss" in r) and math.isfinite(log[-1]["val_loss"])
 
 
+def test_new_shards_change_the_order_of_a_run(folder, tmp_path):
+    for path in (folder / "data" / "d").glob("*.bin"):  # bare shards, without a manifest
+        shutil.copy(path, tmp_path)
+    args = [*SMALL, *SHORT, "--max_iters=2", f"--dataset={tmp_path}", f"--out_dir={tmp_path}/run"]
+    assert call(*args, "--vocab_size=257", cwd=folder).returncode == 0
+    shutil.copy(tmp_path / "train_000000.bin", tmp_path / "train_000001.bin")
+    with pytest.warns(match="has new shards, train_000001.bin the first: the order of the data is another now"):
+        assert call(*args, "--max_iters=3", "--init_from=resume", cwd=folder).returncode == 0
+
+
 def test_weights_that_overflow_keep_the_last_good_checkpoint(folder):
     args = [*SMALL, *SHORT, "--norm=post", "--max_iters=4", "--dtype=float32"]
     assert call(*args, cwd=folder).returncode == 0
@@ -669,6 +679,8 @@ def test_the_last_evaluation_may_take_the_whole_held_out_set(folder, tmp_path):
     model.load_state_dict(checkpoint["model"])
     x, y = map(torch.from_numpy, data.rows(0, len(data) // 4 * 4))
     assert checkpoint["val_loss"] == pytest.approx(model.eval()(x, y)[1].item(), rel=1e-2)
+    done = call("--eval_only", f"--out_dir={tmp_path}", "--device=cpu", cwd=folder)
+    assert f"step 8: validation loss {checkpoint['val_loss']:.4f}" in done.stdout
 
 
 def test_gradient_norms_of_layers_at_each_line(folder, tmp_path):
@@ -958,9 +970,33 @@ def test_a_new_run_takes_the_stages_of_the_earlier_one_away(folder, tmp_path):
     stage = f"--init_from={tmp_path}/ckpt_000002.pt"
     done = call(*args, stage, "--overwrite", cwd=folder)
     assert done.returncode == 2 and "ckpt_000002.pt: name another folder" in done.stderr
+    done = call(*args, f"--init_from={tmp_path}", "--overwrite", cwd=folder)
+    assert done.returncode == 2 and f"overwrite would remove {tmp_path}: name another folder" in done.stderr
     here = [*args, "--overwrite", "--out_dir=.", f"--data_dir={folder / 'data'}"]
     assert call(*here, cwd=tmp_path).returncode == 0
     assert sorted(path.name for path in tmp_path.glob("ckpt_*.pt")) == ["ckpt_best.pt", "ckpt_previous.pt"]
+
+
+def test_a_disk_that_fails_at_the_end_leaves_both_checkpoints(tmp_path):
+    for step in (1, 2):
+        train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(step))
+    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+        with pytest.raises(configurator.UserError, match="No space left on device; what was saved before is untouched"):
+            train.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of_step(3))
+    assert [load_checkpoint(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt_previous.pt")] == [2, 1]
+
+
+def test_a_device_of_cuda_has_an_index(monkeypatch):
+    """torch.cuda.set_device refuses torch.device("cuda"), which "auto" is on a machine with one."""
+    used = []
+    set_device = lambda device: used.append(torch.cuda._utils._get_device_index(device))
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(ValueError):
+        set_device(torch.device("cuda"))
+    for name in ("cuda", "cuda:1"):
+        monkeypatch.setattr(train, "find_device", lambda _: torch.device(name))
+        train.set_up(train.Settings(dtype="float32"), train.Processes())
+    assert used == [0, 1]
 
 
 def test_a_file_system_without_links(tmp_path):
