@@ -72,7 +72,7 @@ class Settings:
     figures: bool | None = None  # draw them; none: where matplotlib is installed
     # what is measured
     tokens: COUNT = 16384  # held-out tokens
-    jacobian_tokens: COUNT = 1024  # of them, for the Jacobians and end_to_end
+    jacobian_tokens: COUNT = 1024  # of them, for the Jacobians and end_to_end; at most `tokens`
     layers: str = "all"  # whose Jacobians: numbers from 1, with commas between, or all
     own_token: bool = False  # Jacobian of each token's output by the same token's input, without cross-token terms
     choices: str | None = None  # a jsonl of multiple-choice questions: prompt, choices, answer
@@ -113,10 +113,11 @@ class Settings:
 
 class Trace:
     """What one batch idx, targets (B, T) does in the unchanged model: `states`, the L + 1 residual states x_1..x_{L+1},
-    each (B, T, n_embd), and what is computed when it is first asked for."""
+    each (B, T, n_embd); `n_tokens` positions, of which `n_targets` have a target; and `inside` and `loss`, which are
+    computed when they are first asked for."""
 
     def __init__(self, model, idx, targets):
-        self.model, self.targets = model, targets
+        self.model, self.idx, self.targets = model, idx, targets
         self.n_tokens, self.n_targets = idx.numel(), (targets != -100).sum().item()
         self.states = [model.embed_norm(model.embed_tokens(idx))]
         for block in model.blocks:
@@ -338,16 +339,18 @@ class Attention:
         L, H = len(model.blocks), model.config.n_head
         self.map_size, self.maps = map_size, None
         self.below, self.entropy = zeros(model, 3, L, H), zeros(model, L, H)
-        self.n = 0  # sequences
+        self.n = self.n_queries = self.n_causal = self.n_all = 0  # sequences, rows of A, entries j <= i, all entries
 
     def update(self, trace):
         B, T = trace.targets.shape
-        self.n, self.T, P = self.n + B, T, min(T, self.map_size)
+        self.n, self.n_queries = self.n + B, self.n_queries + B * T
+        self.n_causal, self.n_all = self.n_causal + B * T * (T + 1) // 2, self.n_all + B * T**2
+        P = min(T, self.map_size)
         if self.maps is None:
             self.maps = zeros(trace.model, *self.entropy.shape, P, P)
         for l, layer in enumerate(trace.inside):
             if "attention" not in layer:
-                self.below[:, l], self.entropy[l] = math.nan, math.nan
+                self.below[:, l], self.entropy[l], self.maps[l] = math.nan, math.nan, math.nan
                 continue
             q, k = layer["attention"]
             for b in range(B):
@@ -358,11 +361,10 @@ class Attention:
                 self.maps[l] += A[:, :P, :P]
 
     def result(self):
-        n_causal, n_all = self.n * self.T * (self.T + 1) / 2, self.n * self.T**2
         return {
-            "causal_sparsity": self.below / n_causal,
-            "sparsity": (self.below + n_all - n_causal) / n_all,
-            "entropy": self.entropy / (self.n * self.T),
+            "causal_sparsity": self.below / self.n_causal,
+            "sparsity": (self.below + self.n_all - self.n_causal) / self.n_all,
+            "entropy": self.entropy / self.n_queries,
             "maps": self.maps / self.n,
         }
 
@@ -421,7 +423,7 @@ class Experts:
 
 
 def gradients(model, batches):
-    """The gradient g_l of the mean loss over all tokens by the parameters of layer l (Peri-LN Figure 7), a dict:
+    """The gradient g_l of the mean loss over the targets by the parameters of layer l (Peri-LN Figure 7), a dict:
 
     norm      (L)  |g_l|_2
     variance  (L)  of the elements of g_l, 1/n
@@ -497,22 +499,22 @@ class Removal:
 
     def __init__(self, model):
         L = len(model.blocks)
-        self.loss, self.removed, self.n = 0.0, zeros(model, L), 0
+        self.loss, self.removed, self.n = zeros(model), zeros(model, L), 0
         self.size, self.change = zeros(model, L), zeros(model, L, L)
 
     def update(self, trace):
         x, blocks = trace.states, trace.model.blocks
         L = len(blocks)
-        update = [x[l + 1] - x[l] for l in range(L)]
-        self.size += torch.stack([u.norm(dim=-1).double().sum() for u in update])
+        added = [x[l + 1] - x[l] for l in range(L)]  # by each layer to the stream
+        self.size += torch.stack([a.norm(dim=-1).double().sum() for a in added])
         for s in range(L):
             h = x[s]
             for l in range(s + 1, L):
                 after = blocks[l](h)
-                self.change[s, l] += (update[l] - (after - h)).norm(dim=-1).double().sum()
+                self.change[s, l] += (added[l] - (after - h)).norm(dim=-1).double().sum()
                 h = after
             self.removed[s] += loss_sum(trace.model, h, trace.targets)
-        self.loss += trace.loss.item()
+        self.loss += trace.loss
         self.n += trace.n_targets
 
     def result(self):
@@ -521,10 +523,10 @@ class Removal:
         C.masked_fill_(torch.ones_like(C).tril().bool(), math.nan)
         score = C.nanmean(1).nan_to_num(0.0).mean().item()
         return {
-            "loss": loss,
-            "perplexity": math.exp(loss),
+            "loss": loss.item(),
+            "perplexity": loss.exp().item(),
             "loss_drop": removed - loss,
-            "perplexity_drop": removed.exp() - math.exp(loss),
+            "perplexity_drop": removed.exp() - loss.exp(),
             "causal": C,
             "causal_score": score,
             "causal_score_normalized": score / math.sqrt(L),
@@ -562,15 +564,16 @@ class Usefulness:
 
     ratio       (L)    loss(l replaced) / loss
     loss_drop   (L)    loss(l replaced) - loss
-    useful      (L)    bool: ratio > threshold, effective and not wasted
+    useful      (L)    bool: ratio > 1.1, 1 + alpha of Sparsity Eq. 10: effective and not wasted
     effective, wasted  how many layers are and are not
     score       float  effective / L
 
+    The maps are fitted on the text that the loss is measured on, so that with few tokens the ratio comes out low.
     Sparsity's published script installs the fitted matrix transposed in nn.Linear, which makes its scores too high.
     """
 
-    def __init__(self, model, maps, threshold=1.1):
-        self.maps, self.threshold = maps, threshold
+    def __init__(self, model, maps):
+        self.maps = maps
         self.loss, self.replaced, self.n = zeros(model), zeros(model, len(maps)), 0
 
     def update(self, trace):
@@ -582,7 +585,7 @@ class Usefulness:
 
     def result(self):
         ratio = self.replaced / self.loss
-        useful = ratio > self.threshold
+        useful = ratio > 1.1
         effective = int(useful.sum())
         return {
             "ratio": ratio,
@@ -622,10 +625,10 @@ def affine_maps(model, batches):
     return [(m[:-1].mT.contiguous(), m[-1]) for m in maps]
 
 
-def usefulness(model, batches, threshold=1.1):
+def usefulness(model, batches):
     """The result of Usefulness, in two passes over `batches` (a list): one fits the affine maps, one replaces."""
     maps = affine_maps(model, batches)
-    return one_pass(model, batches, {"usefulness": Usefulness(model, maps, threshold)})["usefulness"]
+    return one_pass(model, batches, {"usefulness": Usefulness(model, maps)})["usefulness"]
 
 
 stream, angular_distance, attention = as_function(Stream), as_function(AngularDistance), as_function(Attention)
@@ -732,11 +735,11 @@ def multiple_choice(model, questions, encoding):
     score_drop   (L)    accuracy - accuracy(without l): positive when the layer matters
     n_questions  int
 
-    `questions`: dicts with `prompt`, `choices` (strings) and `answer` (index of a choice, or its text); `prompt` may be
-    a list, one for each choice (Winogrande: two contexts, one continuation). The best choice has the greatest
-    log-likelihood of ' ' + choice after its prompt, divided by the choice's length in characters, with the harness's
-    tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut of the
-    left end where they exceed the block size. An empty prompt is the start of a document.
+    `questions`: dicts with `prompt`, `choices` (strings) and `answer` (index of a choice; with one prompt also its
+    text); `prompt` may be a list, one for each choice (Winogrande: two contexts, one continuation). The best choice has
+    the greatest log-likelihood of ' ' + choice after its prompt, divided by the choice's length in characters, with the
+    harness's tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut
+    of the left end where they exceed the block size. An empty prompt is the start of a document.
     """
     L, block_size, device = len(model.blocks), model.config.block_size, model.lm_head.weight.device
     correct, correct_undivided, n = zeros(model, L + 1), 0, 0  # correct: with all layers, then without layer 1, 2 ...
@@ -789,7 +792,7 @@ def read_questions(path):
     """The questions of a jsonl for `multiple_choice`; UserError names the line that is not one."""
     questions = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside a JSON text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"choices {path}: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, 1):
@@ -800,7 +803,7 @@ def read_questions(path):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{path}:{number} is not a question: an object with prompt (or a list, one for each choice), "
-                "choices (strings) and answer (an index from 0, or one of the choices)"
+                "choices (strings) and answer (an index from 0; with one prompt also one of the choices)"
             ) from None
     if not questions:
         raise UserError(f"{path} holds no questions")
@@ -814,16 +817,16 @@ def read_questions(path):
 @dataclass
 class Measure:
     """One row of the table. `columns` and `totals` are functions of the result that give {title: values}; None is not
-    shown. A column has L values, L + 1 with the embedding's output first, or one for each of the result's "layers"; it
-    is a column of a table and a panel of a figure. A total is a number or a text of the run as a whole; of a tensor the
-    mean is shown."""
+    shown. A column is a tensor of L values, L + 1 with the embedding's output first, or one for each of the result's
+    "layers"; it is a column of a table and a panel of a figure. A total is a number or a text of the run as a whole; of
+    a tensor the mean is shown."""
 
     what: str  # for --help
     compute: Callable  # a class, for the shared pass; or a function (model, batches) that makes passes of its own
     group: str  # columns of one group share a table and the figure <group>.png
     columns: Callable
     totals: Callable = lambda result: {}
-    matrix: tuple | None = None  # (title, rows, columns, function of the result): a heat map a run, <name>_map.png
+    matrix: tuple | None = None  # (title, ylabel, xlabel, function of the result): a heat map a run, <name>_map.png
 
 
 def by_threshold(title, thresholds, values):
@@ -910,9 +913,9 @@ MEASURES = {
 
     "experts": Measure(
         "load, dead experts, router entropy", Experts, "experts",
-        lambda r: {"dead experts": r["dead"], "router entropy, nats": r["entropy"]},
-        lambda r: {"dead experts": r["dead"], "router entropy": r["entropy"]},
-        ("share of the router's choices", "layer with experts", "expert", lambda r: r["load"])),
+        lambda r: {"share of dead experts": r["dead"], "router entropy, nats": r["entropy"]},
+        lambda r: {"share of dead experts": r["dead"], "router entropy": r["entropy"]},
+        ("share of the router's choices", "k-th layer with experts", "expert", lambda r: r["load"])),
 }
 # fmt: on
 
@@ -998,27 +1001,37 @@ def load_batches(folder, config, tokens, batch_size, block_size=None, device="cp
     return list(zip(idx, targets))
 
 
-def analyze_run(out_dir, settings, device):
-    """All measures that the settings ask for: {"run": what was measured, name: its result}."""
-    model, checkpoint = load_run(out_dir, device)
-    config, names, folder = model.config, settings.names(), data_of_run(settings, checkpoint)
+def plan_run(out_dir, settings, config, checkpoint):
+    """(names of the measures, {name: options}, {name: data, where that is not text}) for a run; UserError for what it
+    cannot be asked."""
+    names = settings.names()
     if "experts" in names and not config.n_expert:
-        if settings.metrics != "all":
-            raise UserError(f"metrics=experts: {out_dir} has no experts")
         names.remove("experts")
+        if settings.metrics != "all" and settings.out_dirs == [out_dir]:
+            raise UserError(f"metrics=experts: {out_dir} has no experts")
+        if settings.metrics != "all":  # it is one of several runs
+            warnings.warn(f"{out_dir} has no experts")
     layers = None if settings.layers == "all" else list(dict.fromkeys(map(int, settings.layers.split(","))))
     if layers and max(layers) > config.n_layer:
         raise UserError(f"--layers={settings.layers}: {out_dir} has layers 1 to {config.n_layer}")
     options = {"jacobian": {"layers": layers, "own_token": settings.own_token}}  # what a measure needs besides data
-    data = {}  # of the measures that are not of all the text
-    if "choices" in names:
-        if not checkpoint["tokenizer"]:
-            raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-        options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
-        data["choices"] = read_questions(settings.choices)
+    if "choices" not in names:
+        return names, options, {}
+    if not checkpoint["tokenizer"]:
+        raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
+    options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
+    return names, options, {"choices": read_questions(settings.choices)}
+
+
+def analyze_run(out_dir, settings, device):
+    """All measures that the settings ask for: {"run": what was measured, name: its result}."""
+    model, checkpoint = load_run(out_dir, device)
+    config, folder = model.config, data_of_run(settings, checkpoint)
+    names, options, data = plan_run(out_dir, settings, config, checkpoint)
     text = load_batches(folder, config, settings.tokens, settings.batch_size, settings.block_size, device)
-    some = load_batches(folder, config, settings.jacobian_tokens, 1, settings.block_size, device)
-    data["jacobian"] = data["end_to_end"] = some
+    n_tokens = min(settings.tokens, settings.jacobian_tokens)
+    jacobian_text = load_batches(folder, config, n_tokens, 1, settings.block_size, device)
+    data["jacobian"] = data["end_to_end"] = jacobian_text
     n_tokens = sum(idx.numel() for idx, _ in text)
     print(f"{out_dir}: {config.norm}, {config.n_layer} layers x {config.n_embd}, step {checkpoint['step']}; ", end="")
     print(f"{n_tokens:,} held-out tokens of {folder}" + ", all there are" * (n_tokens < settings.tokens), flush=True)
@@ -1038,13 +1051,13 @@ def analyze_run(out_dir, settings, device):
     if shared:
         result.update(one_pass(model, progress(text, f"{run_name}: {', '.join(shared)}"), shared))
     if "jacobian" in names:
-        result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in some)
+        result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in jacobian_text)
     return result
 
 
 def plain(value):
-    """`value` for JSON: tensors as lists, what is not a number (or not finite) as null. Attention maps and Jacobians,
-    too large for text, are left out: they are in the figures."""
+    """`value` for JSON: tensors as lists, what is not a number (or not finite) as null. What has the key `maps` or
+    `matrices`, attention maps and Jacobians, is too large for text: some of it is in the figures."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items() if k not in ("maps", "matrices")}
     if torch.is_tensor(value):
@@ -1093,26 +1106,25 @@ def print_totals(results):
 def analyze_runs(settings, device):
     """Measures the runs one after the other: tables, analysis.json and figures."""
     for out_dir in settings.out_dirs:  # before the long part: what can be missing
-        data_of_run(settings, load_run(out_dir)[1])
+        model, checkpoint = load_run(out_dir)
+        data_of_run(settings, checkpoint)
+        plan_run(out_dir, settings, model.config, checkpoint)
         read_log(run_folder(out_dir) / "log.jsonl")
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
     names = [Path(out_dir).name for out_dir in settings.out_dirs]
     names = settings.out_dirs if len(set(names)) < len(names) else names
-    results, ratios = {}, {}
+    results = {}
     for name, out_dir in zip(names, settings.out_dirs):
         result = results[name] = analyze_run(out_dir, settings, device)
         first = results[names[0]]
         if "weights" in result and result is not first and result["run"]["n_layer"] == first["run"]["n_layer"]:
-            ratios[name] = {}
-            for part in ("attn", "mlp"):  # (L): norms of the weights over those of the first run (GPAS Figure 6)
-                ratios[name][part] = result["weights"][f"{part}_norm"] / first["weights"][f"{part}_norm"]
-                result["weights"][f"{part}_norm_ratio"] = ratios[name][part]
+            for part in ("attn_norm", "mlp_norm"):  # (L): over those of the first run (GPAS Figure 6)
+                result["weights"][f"{part}_ratio"] = result["weights"][part] / first["weights"][part]
         print_run(result)
     print_totals(results)
-    content = results[names[0]] if is_single else {"runs": results, "weight_norm_ratio": ratios}
-    save_json(folder / "analysis.json", content)
+    save_json(folder / "analysis.json", results[names[0]] if is_single else {"runs": results})
     if settings.figures:
         for draw in (draw_columns, draw_matrices, draw_jacobians, draw_attention, draw_kurtosis, draw_training):
             draw(results, folder)
@@ -1242,9 +1254,9 @@ def draw_matrices(results, folder):
     """The measures' matrices, a map a run on one scale."""
     for name, measure in MEASURES.items():
         if measure.matrix:
-            title, rows, columns, get = measure.matrix
+            title, ylabel, xlabel, get = measure.matrix
             maps = {run_name: get(result) for run_name, result in of_measure(results, name).items()}
-            draw_maps(folder / f"{name}_map.png", title, maps, columns, rows)
+            draw_maps(folder / f"{name}_map.png", title, maps, xlabel, ylabel)
 
 
 def draw_jacobians(results, folder):
@@ -1288,7 +1300,7 @@ def draw_kurtosis(results, folder):
 LOGGED = {
     "loss": "training loss, nats",
     "val_loss": "held-out loss, nats",
-    "grad_norm": "gradient norm",
+    "grad_norm": "gradient norm, whole model",
     "variance": "variance",
     "attn_variance": "attention variance",
     "mlp_variance": "MLP variance",
@@ -1298,8 +1310,8 @@ LOGGED = {
     "embed_variance": "variance of the embedding's output",
     "attn_out_gain": "gain of the attention's output norm",
     "mlp_out_gain": "gain of the MLP's output norm",
-    "grad_norms": "gradient norm, held-out batch",
-    "step_grad_norms": "gradient norm of a step",
+    "grad_norms": "layer's gradient norm, held-out batch",
+    "step_grad_norms": "layer's gradient norm, of a step",
     "grad_variance": "gradient variance",
     "gates": "gate a",
 }
@@ -1315,10 +1327,11 @@ def logged(log, key):
 def draw_training(results, folder):
     """What changes over training, from the logs. Of what has a number for each layer, a single run shows all layers,
     several runs show their last one, or the mean of the gates."""
-    paths = {}
+    runs, panels = {}, {}
     for run_name, result in results.items():
-        paths.setdefault(run_folder(result["run"]["out_dir"]) / "log.jsonl", run_name)  # stages of a run have one log
-    logs, panels = {run_name: read_log(path) for path, run_name in paths.items()}, {}
+        runs.setdefault(run_folder(result["run"]["out_dir"]), []).append(run_name)
+    # stages of a run have one log, with the name of the run
+    logs = {names[0] if len(names) == 1 else run.name: read_log(run / "log.jsonl") for run, names in runs.items()}
     for key, ylabel in LOGGED.items():
         lines = {}
         for run_name, log in logs.items():
@@ -1369,7 +1382,8 @@ def read_sweep(folder, settings, device):
     runs = []
     for run_dir in sorted(path.parent for path in folder.glob("*/ckpt.pt")):
         model, checkpoint = load_run(run_dir, device)
-        given, log, columns, totals, curves = checkpoint["settings"], read_log(run_dir / "log.jsonl"), {}, {}, {}
+        given, log = checkpoint["config"] | checkpoint["settings"], read_log(run_dir / "log.jsonl")
+        columns, totals, curves = {}, {}, {}
         state = "finished" if checkpoint["step"] >= given.get("max_iters", 0) else "unfinished"
         if any("diverged" in record for record in log):
             state = "diverged"
@@ -1432,8 +1446,8 @@ def finished_losses(runs):
 def best_groups(runs):
     """The groups of by_group, of those that differ in the learning rate alone the one of smallest mean loss."""
     best = {}
-    for others in by_group(runs, without=("seed", "learning_rate")).values():
-        groups = {key: group for key, group in by_group(others).items() if finished_losses(group)}
+    for at_all_rates in by_group(runs, without=("seed", "learning_rate")).values():
+        groups = {key: group for key, group in by_group(at_all_rates).items() if finished_losses(group)}
         if groups:
             key = min(groups, key=lambda key: statistics.fmean(finished_losses(groups[key])))
             best[key] = groups[key]
@@ -1441,8 +1455,8 @@ def best_groups(runs):
 
 
 def paired_differences(group, runs, name, baseline, ignored=()):
-    """The losses of a group minus those of the `runs` that differ from them in the setting `name` alone (and in what is
-    `ignored`), where it is `baseline`: the same seeds, hence the same batches."""
+    """For each finished run of the group, its loss minus that of its partner: the run with `name` = `baseline` and
+    every other setting equal, the seed too, except those `ignored`."""
 
     def key(settings):
         return tuple(value for setting, value in settings.items() if setting not in ignored)
@@ -1471,7 +1485,8 @@ def sweep_tables(runs, baseline):
     the baseline at the same rate, and at its own best one."""
     names = [name for name in runs[0]["settings"] if name != "seed"]
     titles = list(dict.fromkeys(title for entry in runs for title in entry["totals"]))
-    head = [*names, "held-out loss, nats", f"minus {names[0]}={baseline}", "diverged", "unfinished", *titles]
+    head = [*names, "held-out loss, nats", f"minus {names[0]}={baseline}", "diverged", "unfinished"]
+    head += [title.replace("|", "\\|") for title in titles]
     text = ["Mean ± standard deviation (number of runs); differences: mean ± standard error (number of pairs)."]
     tables = {"All runs": (by_group(runs), ())}
     if "learning_rate" in names:
@@ -1488,7 +1503,7 @@ def sweep_tables(runs, baseline):
             row += [str(states.count("diverged")), str(states.count("unfinished"))]
             for total in titles:
                 values = [entry["totals"].get(total) for entry in group if entry["state"] == "finished"]
-                row.append(plus_minus([value for value in values if value is not None]))
+                row.append(plus_minus([value for value in values if value is not None and math.isfinite(value)]))
             text.append("| " + " | ".join(row) + " |")
     return "\n".join(text) + "\n"
 
@@ -1500,29 +1515,34 @@ def mean_line(points):
     return list(points), torch.tensor([column.mean() for column in columns]), torch.tensor(deviation)
 
 
+def line_name(key):
+    """A group of by_group in a legend: a scheme by its name, other settings as name=value."""
+    return ", ".join(str(value) if name == "norm" else f"{name}={value}" for name, value in key) or "all"
+
+
 def draw_losses(runs, name, folder):
     """Held-out loss against a setting with numbers, a line for each combination of the others: mean, and the standard
     deviation over seeds. The legend says where runs diverged."""
     values, lines = sorted({entry["settings"][name] for entry in runs}), {}
-    for key, others in by_group(runs, without=("seed", name)).items():
-        line, points = ", ".join(str(value) for _, value in key) or "all", {}
+    for key, line_runs in by_group(runs, without=("seed", name)).items():
+        line, points = line_name(key), {}
         for value in values:
-            group = [entry for entry in others if entry["settings"][name] == value]
+            group = [entry for entry in line_runs if entry["settings"][name] == value]
             if finished_losses(group):
                 points[value] = finished_losses(group)
             if any(entry["state"] == "diverged" for entry in group):
                 line += f", diverged at {value}"
         lines[line] = mean_line(points)
     path, title = folder / f"loss_by_{name}.svg", f"Held-out loss against {name}, mean and deviation over seeds"
-    draw_lines(path, title, name, {"held-out loss, nats": lines}, (), 2, values)
+    draw_lines(path, title, name, {"held-out loss, nats": lines}, (), n_columns=2, xticks=values)
 
 
 def draw_groups(runs, folder):
     """At its best learning rate, each group's layers (variance, gates, what was measured) and curves over training:
-    mean over seeds, and one standard deviation around it."""
-    groups = {}
-    for key, group in (best_groups(runs) or by_group(runs)).items():
-        groups[", ".join(str(value) if name == "norm" else f"{name}={value}" for name, value in key) or "all"] = group
+    mean over seeds, and one standard deviation around it. Of a group with finished runs those alone."""
+    groups, best = {}, best_groups(runs)
+    for key, group in (best or by_group(runs)).items():
+        groups[line_name(key)] = [entry for entry in group if entry["state"] == "finished"] or group
     for part, xlabel, file in (("columns", "layer", "layers"), ("curves", "step", "training")):
         panels = {}
         for ylabel in dict.fromkeys(title for entry in runs for title in entry[part]):
@@ -1534,8 +1554,8 @@ def draw_groups(runs, folder):
                 if points:
                     panels.setdefault(ylabel, {})[line] = mean_line(points)
         title = f"{file.capitalize()}: mean and deviation over seeds"
-        title += ", each at its best learning rate" * ("learning_rate" in runs[0]["settings"])
-        draw_lines(folder / f"{file}.svg", title, xlabel, panels, groups, 2)
+        title += ", each at its best learning rate" * ("learning_rate" in runs[0]["settings"] and bool(best))
+        draw_lines(folder / f"{file}.svg", title, xlabel, panels, groups, n_columns=2)
 
 
 def is_value(text, value):
@@ -1589,9 +1609,10 @@ def main():
     has_matplotlib = find_spec("matplotlib") is not None
     if settings.figures and not has_matplotlib:
         raise UserError("figures need matplotlib: pip install matplotlib")
-    if settings.figures is None and not has_matplotlib:
-        print("no figures: they need matplotlib (pip install matplotlib)")
-    settings.figures = has_matplotlib and settings.figures is not False
+    if settings.figures is None:
+        settings.figures = has_matplotlib
+        if not has_matplotlib:
+            print("no figures: they need matplotlib (pip install matplotlib)")
     sweeps = [out_dir for out_dir in settings.out_dirs if is_sweep(out_dir)]
     if sweeps and len(settings.out_dirs) > 1:
         raise UserError(f"{sweeps[0]} is a sweep: name it alone")

@@ -228,7 +228,8 @@ def kind_of(declaration, name, what="setting "):
 
 
 def fits(value, kinds):
-    """Whether a value is of the declared types. An int under 2**53 is a float too; a text with a zero byte cannot name a file."""
+    """Whether a value is of the declared types. An int under 2**53 is a float too; a text with a zero byte cannot name
+    a file."""
     if isinstance(value, list) and list[str] in kinds:
         return all(fits(text, [str]) for text in value)
     if type(value) is int and float in kinds:

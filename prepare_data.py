@@ -748,8 +748,8 @@ def optional(module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs: a reader for each kind. It yields pieces of the input from a Place on: (data, Place after it). The data are
-# whole lines as bytes (text, jsonl), or a list of rows, each a tuple of the fields' values. A piece depends only on where
-# it starts, so that a continued run reads the same ones.
+# whole lines as bytes (text, jsonl), or a list of rows, each a tuple of the fields' values. A piece depends only on
+# where it starts, so that a continued run reads the same ones.
 
 JOB = 1 << 20  # bytes of text that a worker gets at once
 ROWS = 256  # of a parquet file or a hub corpus that are read at once

@@ -68,8 +68,9 @@ OPTIMIZERS = {
 }
 
 
-# A setting is one line: its comment is its --help, and a comment line above it begins a heading there. What concerns one
-# call alone stands in OF_ONE_CALL too, what cannot be a list in NEVER_LISTS, what may change within a sweep in MAY_DIFFER.
+# A setting is one line: its comment is its --help, and a comment line above it begins a heading there. What concerns
+# one call alone stands in OF_ONE_CALL too, what cannot be a list in NEVER_LISTS, what may change within a sweep in
+# MAY_DIFFER.
 @dataclass
 class Settings(GPTConfig):
     vocab_size: NATURAL = 0  # rows of the embedding and of the head; 0: the tokenizer's vocabulary
@@ -931,8 +932,8 @@ def write_sample(model, tokenizer, prompt, setup):
 
 
 class RunFolder:
-    """settings.out_dir, in which the process of rank 0 writes. The run that was there stays until a new one has saved its
-    first checkpoint; its log is log_previous.jsonl then."""
+    """settings.out_dir, in which the process of rank 0 writes. The run that was there stays until a new one has saved
+    its first checkpoint; its log is log_previous.jsonl then."""
 
     def __init__(self, resumed, setup):
         """`resumed` is the checkpoint of a run that goes on, or None. Lines of its log for later steps are removed, and
@@ -1350,8 +1351,9 @@ def is_sweep(given):
 def sweep(given, processes, stop):
     """Trains every combination of the settings that are lists, several at a time, each in its own folder in out_dir.
 
-    What is finished there is not repeated, unless with overwrite; what was interrupted goes on. UserError before the first one starts for a
-    mistake in any of them, and at the end if a run has failed; a run that diverges has an outcome too.
+    What is finished there is not repeated, unless with overwrite; what was interrupted goes on. UserError before the
+    first one starts for a mistake in any of them, and at the end if a run has failed; a run that diverges has an
+    outcome too.
     """
     lists = {name: values for name, values in given.items() if isinstance(values, list)}
     names = ", ".join(lists)

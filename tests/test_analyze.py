@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import shutil
 import sys
 import textwrap
 
@@ -403,6 +404,38 @@ def test_attention_pattern_by_hand():
     close(result["maps"][0, 0], torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None], rtol=1e-6)
 
 
+def test_attention_in_batches_of_two_lengths():
+    """Each query counts once, whatever the length of its batch."""
+    model = build("pre")
+    long, short = text(model, n=1, T=12), text(model, n=1, T=6)
+    both, *parts = (analyze.attention(model, batches, map_size=5) for batches in (long + short, long, short))
+    close(both["entropy"], (parts[0]["entropy"] * 12 + parts[1]["entropy"] * 6) / 18)
+    close(both["causal_sparsity"], (parts[0]["causal_sparsity"] * 78 + parts[1]["causal_sparsity"] * 21) / 99)
+    close(both["sparsity"], (parts[0]["sparsity"] * 144 + parts[1]["sparsity"] * 36) / 180)
+
+
+def test_a_loss_whose_perplexity_is_too_large():
+    removal = analyze.Removal(build("pre"))
+    removal.loss, removal.n = removal.loss + 800.0, 1
+    assert removal.result()["perplexity"] == math.inf
+
+
+def test_a_question_with_a_separator_of_lines(tmp_path):
+    """U+2028 ends no line of a jsonl."""
+    question = {"prompt": "a\u2028b", "choices": ["x", "y"], "answer": 1}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question, ensure_ascii=False) + "\n" + json.dumps(question) + "\n")
+    assert analyze.read_questions(tmp_path / "q.jsonl") == [question, question]
+
+
+def test_experts_of_some_runs_only():
+    dense, checkpoint = GPTConfig(), {"tokenizer": None}
+    alone, several = (analyze.Settings(dirs, metrics="stream,experts") for dirs in (["run"], ["run", "other"]))
+    with pytest.raises(UserError, match="metrics=experts: run has no experts"):
+        analyze.plan_run("run", alone, dense, checkpoint)
+    with pytest.warns(match="run has no experts"):
+        assert analyze.plan_run("run", several, dense, checkpoint)[0] == ["stream"]
+
+
 def test_attention_weights_by_hand():
     """One head whose second token looks at itself with weight 1 - 1e-5, and whose third looks at the first alone."""
     a = math.log(1e-5 / (1 - 1e-5))
@@ -589,12 +622,27 @@ def test_program(program, folder):
     close(result["gradients"]["norm"], analyze.gradients(model, batches)["norm"], rtol=1e-5)
 
 
+def test_what_one_of_several_runs_cannot_be_asked_is_told_before_any_is_measured(program, folder):
+    shallow = folder / "shallow"
+    shutil.copytree(folder / "out-pre", shallow)
+    checkpoint = torch.load(shallow / "ckpt.pt", weights_only=True)
+    checkpoint["config"]["n_layer"] = 2
+    checkpoint["model"] = {n: w for n, w in checkpoint["model"].items() if not n.startswith("blocks.2.")}
+    torch.save(checkpoint, shallow / "ckpt.pt")
+    code, out, err = program("out-pre", "shallow", "--layers=3", "--metrics=jacobian", "--tokens=64")
+    assert code == 2 and "--layers=3: shallow has layers 1 to 2" in err and "held-out tokens" not in out
+    code, out, err = program("out-pre", "--layers=3", "--metrics=jacobian", "--tokens=64", "--figures=false")
+    assert code == 0 and json.loads((folder / "out-pre" / "analysis.json").read_text())["jacobian"]["tokens"] == 64
+
+
 def test_several_runs(program, folder):
     code, out, err = program("out-pre", "out-gpas_pre", "--tokens=256", "--metrics=weights,stream,removal", "--figures=false")
     assert code == 0, err
     result = json.loads((folder / "analysis" / "analysis.json").read_text())
     assert list(result["runs"]) == ["out-pre", "out-gpas_pre"] and set(result["runs"]["out-pre"]) == {"run", "weights", "stream", "removal"}
-    assert result["weight_norm_ratio"] == {"out-gpas_pre": {"attn": [1.0] * 3, "mlp": [1.0] * 3}}
+    weights = [result["runs"][name]["weights"] for name in ("out-pre", "out-gpas_pre")]
+    assert "attn_norm_ratio" not in weights[0]
+    assert weights[1]["attn_norm_ratio"] == weights[1]["mlp_norm_ratio"] == [1.0] * 3
     table = [line.split() for line in out.splitlines()[-26:]]
     assert ["out-pre", "out-gpas_pre"] in table and any(row[:1] == ["loss"] and len(row) == 3 for row in table)
     assert "jacobian" not in out

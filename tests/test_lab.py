@@ -155,6 +155,36 @@ def test_seeds_of_one_scheme(tmp_path, monkeypatch, capsys):
     assert code == 0 and "| lns | 2.05 ± 0.071 (2) | 0 ± 0 (2) |" in out
 
 
+def test_layers_are_averaged_over_finished_runs(monkeypatch, tmp_path):
+    make_run(tmp_path / "s", 2.0, norm="pre", learning_rate=0.1, seed=1, variance=(1.0, 3.0))
+    make_run(tmp_path / "s", 9.0, norm="pre", learning_rate=0.1, seed=2, variance=(100.0, 300.0), diverged=True)
+    runs, drawn = analyze.read_sweep(tmp_path / "s", analyze.Settings([str(tmp_path / "s")]), "cpu"), {}
+    monkeypatch.setattr(analyze, "draw_lines", lambda path, title, x, panels, *_, **__: drawn.update({path.name: panels}))
+    analyze.draw_groups(runs, tmp_path)
+    _, mean, deviation = drawn["layers.svg"]["variance"]["pre"]
+    assert mean.tolist() == [5.0, 15.0] and deviation.tolist() == [0.0, 0.0]  # 1 and 3, times 4 + 1 at step 4
+    assert analyze.line_name((("norm", "pre"), ("n_layer", 6))) == "pre, n_layer=6" and analyze.line_name(()) == "all"
+
+
+def test_tables_of_what_is_measured(runs):
+    """A title with | in it is one cell, and what is not finite is in no mean."""
+    runs = [run | {"totals": {"|J - I|": math.inf if run["settings"]["seed"] == 1 else 2.0}} for run in runs]
+    rows = [line for line in analyze.sweep_tables(runs, "pre").splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {8}
+    assert "| pre | 0.001 | 2.2 ± 0.2 (3) | 0 ± 0 (3) | 0 | 0 | 2 ± 0 (2) |" in rows
+
+
+def test_imported_runs(tmp_path, monkeypatch, capsys):
+    """Their checkpoints hold two settings only."""
+    for name in ("one", "two"):
+        make_run(tmp_path / "s", 2.0, norm="pre", seed=name)
+        path = tmp_path / "s" / f"norm=pre,seed={name}" / "ckpt.pt"
+        state = torch.load(path, weights_only=True)
+        torch.save({**state, "settings": {"dataset": "data", "data_dir": "there"}}, path)
+    code, out, err = program(monkeypatch, capsys, tmp_path / "s", "--figures=false")
+    assert code == 0 and "| pre | 2 ± 0 (2) |" in out, err
+
+
 def test_mistakes(sweep, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     for args, message in (
