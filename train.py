@@ -122,7 +122,7 @@ class Settings(GPTConfig):
     top_k: COUNT | None = 50  # a sample draws among the k likeliest tokens; none: among all
     # machine
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
-    dtype: Literal[DTYPES] = "auto"  # bfloat16: autocast; bfloat16_pure: weights too; auto: bfloat16 where it is fast
+    dtype: Literal[DTYPES] = "auto"  # bfloat16: autocast, _pure: weights too; float32: TF32 on cuda; auto: fastest
     float32_gates: bool = False  # bfloat16_pure: the gates' weights stay float32, so that small steps move them
     compile: bool | None = None  # torch.compile the model; none: on cuda
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
