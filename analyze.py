@@ -1006,11 +1006,7 @@ def plan_run(out_dir, settings, config, checkpoint):
     cannot be asked."""
     names = settings.names()
     if "experts" in names and not config.n_expert:
-        names.remove("experts")
-        if settings.metrics != "all" and settings.out_dirs == [out_dir]:
-            raise UserError(f"metrics=experts: {out_dir} has no experts")
-        if settings.metrics != "all":  # it is one of several runs
-            warnings.warn(f"{out_dir} has no experts")
+        names.remove("experts")  # check_runs has said so
     layers = None if settings.layers == "all" else list(dict.fromkeys(map(int, settings.layers.split(","))))
     if layers and max(layers) > config.n_layer:
         raise UserError(f"--layers={settings.layers}: {out_dir} has layers 1 to {config.n_layer}")
@@ -1021,6 +1017,22 @@ def plan_run(out_dir, settings, config, checkpoint):
         raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
     options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
     return names, options, {"choices": read_questions(settings.choices)}
+
+
+def check_runs(out_dirs, settings):
+    """UserError, before the long part, for what would end the analysis of one of the runs."""
+    dense = []
+    for out_dir in out_dirs:
+        model, checkpoint = load_run(out_dir)
+        data_of_run(settings, checkpoint)
+        plan_run(out_dir, settings, model.config, checkpoint)
+        read_log(run_folder(out_dir) / "log.jsonl")
+        dense += [out_dir] * (not model.config.n_expert)
+    if "experts" in settings.metrics.split(","):
+        if len(dense) == len(out_dirs):
+            raise UserError(f"metrics=experts: {dense[0]} has no experts")
+        for out_dir in dense:
+            warnings.warn(f"{out_dir} has no experts")
 
 
 def analyze_run(out_dir, settings, device):
@@ -1105,11 +1117,7 @@ def print_totals(results):
 
 def analyze_runs(settings, device):
     """Measures the runs one after the other: tables, analysis.json and figures."""
-    for out_dir in settings.out_dirs:  # before the long part: what can be missing
-        model, checkpoint = load_run(out_dir)
-        data_of_run(settings, checkpoint)
-        plan_run(out_dir, settings, model.config, checkpoint)
-        read_log(run_folder(out_dir) / "log.jsonl")
+    check_runs(settings.out_dirs, settings)
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -1330,8 +1338,8 @@ def draw_training(results, folder):
     runs, panels = {}, {}
     for run_name, result in results.items():
         runs.setdefault(run_folder(result["run"]["out_dir"]), []).append(run_name)
-    # stages of a run have one log, with the name of the run
-    logs = {names[0] if len(names) == 1 else run.name: read_log(run / "log.jsonl") for run, names in runs.items()}
+    # stages of a run have one log, with the run's name
+    logs = {names[0] if len(names) == 1 else str(run): read_log(run / "log.jsonl") for run, names in runs.items()}
     for key, ylabel in LOGGED.items():
         lines = {}
         for run_name, log in logs.items():
@@ -1379,8 +1387,10 @@ def read_sweep(folder, settings, device):
     columns   {title: (L) float64}, totals {title: number}: from the log, and of --metrics if some are asked for
     curves    {title: [(step, value)]} over training
     """
-    runs = []
-    for run_dir in sorted(path.parent for path in folder.glob("*/ckpt.pt")):
+    runs, run_dirs = [], sorted(path.parent for path in folder.glob("*/ckpt.pt"))
+    if run_dirs and settings.metrics != "all":
+        check_runs(run_dirs, settings)
+    for run_dir in run_dirs:
         model, checkpoint = load_run(run_dir, device)
         given, log = checkpoint["config"] | checkpoint["settings"], read_log(run_dir / "log.jsonl")
         columns, totals, curves = {}, {}, {}

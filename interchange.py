@@ -464,7 +464,7 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
                     folder.rename(old)
                 new.rename(folder)
             finally:
-                if not folder.exists():
+                if old.exists() and not folder.exists():
                     old.rename(folder)  # what was there comes back
     return name, difference
 
@@ -806,10 +806,10 @@ def import_run(settings):
     """--import_from: the model of that folder, written as the run out_dir, with --text as its data."""
     folder, out_dir = settings.import_from, Path(settings.out_dir)
     check_folder(folder)
-    if (out_dir / "ckpt.pt").exists() and not settings.overwrite:
-        raise UserError(f"{out_dir} holds a run; --overwrite replaces it")
     if (out_dir / "log.jsonl").exists():
         raise UserError(f"{out_dir} holds a run that was trained: name another folder with --out_dir")
+    if (out_dir / "ckpt.pt").exists() and not settings.overwrite:
+        raise UserError(f"{out_dir} holds a run; --overwrite replaces it")
     prepare_data.find_files(settings.text)  # what is wrong ends it before anything is read or written
     tokenizer = None
     try:

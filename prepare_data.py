@@ -402,7 +402,7 @@ def prepare(settings):
     if folder.exists():
         if not settings.overwrite:
             raise UserError(f"{folder} exists; --overwrite replaces it, --dataset=NAME writes another")
-        known = ("meta.json", "progress.json", *TOKENIZER_FILES.values())
+        known = ("meta.json", *TOKENIZER_FILES.values())
         strange = [p.name for p in folder.iterdir() if p.suffix not in (".bin", ".mask") and p.name not in known]
         if strange:
             raise UserError(f"{folder} is not a data set: it holds {strange[0]}; --dataset=NAME writes another")
@@ -411,21 +411,21 @@ def prepare(settings):
         with locked(partial, f"preparing {folder}"):
             try:
                 write_shards(settings, inputs, source, partial)
-            except UserError:
+            except (OSError, UserError):
                 if not (partial / "progress.json").exists():  # there is nothing to go on from
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             if folder.exists():
                 shutil.rmtree(old, ignore_errors=True)  # of a run that ended while it removed it
                 folder.rename(old)
+            for path in partial.glob("progress.json*"):  # and what an interrupted save of it left
+                path.unlink()
             partial.rename(folder)
-            (folder / "progress.json").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        kept = f"what is done is kept in {partial}, the same command goes on from there"
-        if not (partial / "progress.json").exists():
-            kept = "nothing of it is kept"
-            shutil.rmtree(partial, ignore_errors=True)
+        kept = "nothing of it is kept"
+        if partial.exists():
+            kept = f"what is done is kept in {partial}, the same command goes on from there"
         raise UserError(f"cannot write {folder}: {error.strerror or error}; {kept}") from None
     return folder
 
@@ -433,7 +433,7 @@ def prepare(settings):
 def write_shards(settings, inputs, source, partial):
     """Documents -> tokens -> split, shuffle -> shards and meta.json in the folder `partial`.
 
-    Documents are taken in batches. After a batch of which no document waits, `state` is all there is to know; it is
+    Documents are taken in batches. When no document is kept back after a batch, `state` is all there is to know; it is
     saved every save_interval seconds, when what it speaks of is on the disk.
     """
     started = saved = shown = time.monotonic()
@@ -742,8 +742,9 @@ def optional(module):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = (error.name or module).partition(".")[0]  # it may be one that the library needs
-        raise UserError(f"this needs the optional library {package}: pip install {package}") from None
+        package = module.partition(".")[0]
+        lacks = f", which lacks {error.name}" if error.name and not error.name.startswith(package) else ""
+        raise UserError(f"this needs the optional library {package}{lacks}: pip install {package}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1178,7 +1179,8 @@ def get_tokenizer(name, eot_token=""):
         is_json = name.endswith(".json")
         own_name = Path(name).parent.resolve().name if is_json else Path(name).stem
         if own_name == "byte":
-            raise UserError(f"tokenizer {name} would be named byte, as the tokenizer of bytes is: rename it")
+            what = "its folder" if is_json else "it"
+            raise UserError(f"tokenizer {name} would be named byte, as the tokenizer of bytes is: rename {what}")
         try:
             text = Path(name).read_text(encoding="utf-8")
             if is_json:

@@ -122,7 +122,7 @@ class Settings(GPTConfig):
     top_k: COUNT | None = 50  # a sample draws among the k likeliest tokens; none: among all
     # machine
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
-    dtype: Literal[DTYPES] = "auto"  # bfloat16: autocast, _pure: weights too; float32: TF32 on cuda; auto: fastest
+    dtype: Literal[DTYPES] = "auto"  # bfloat16: autocast; bfloat16_pure: weights too; auto: bfloat16 where fast
     float32_gates: bool = False  # bfloat16_pure: the gates' weights stay float32, so that small steps move them
     compile: bool | None = None  # torch.compile the model; none: on cuda
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
@@ -186,9 +186,10 @@ def main():
     with connected_processes() as processes:
         stop = StopRequest(is_main=processes.rank == 0)
         given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
-        for name, first in (("epochs", "max_iters"), ("max_tokens", "max_iters"), ("max_tokens", "epochs")):
-            if given.get(name) is not None and given.get(first) is not None:
-                warnings.warn(f"{name} has no effect, {first} {given[first]} counts: or give --{first}=none")
+        lengths = [name for name in ("max_iters", "epochs", "max_tokens") if given.get(name) is not None]
+        for name in lengths[1:]:
+            first = lengths[0]
+            warnings.warn(f"{name} has no effect, {first} {given[first]} counts: or give --{first}=none")
         if is_sweep(given):
             sweep(given, processes, stop)
             return
@@ -298,7 +299,8 @@ def train(checkpoint, data, setup, stop):
         is_stopping = n_stops > 0
 
         if not is_finite:
-            what = f"loss is {loss}, gradient norm {grad_norm}, of the gates {gate_norm} at step {step}, lr {lr:.2e}"
+            norms = f"gradient norm {grad_norm}" + f", of the gates {gate_norm}" * bool(gates)
+            what = f"loss is {loss}, {norms} at step {step}, lr {lr:.2e}"
             if skipped >= settings.nan_patience:
                 what = f"{what}, {skipped} such steps in a row"
                 folder.end_where_not_finite(step, what, model, last_batches)
@@ -422,6 +424,8 @@ def settings_of_run(given):
         for name in ("gates", "optimizer"):
             if name in given and given[name] != of_run.get(name, Settings.__dataclass_fields__[name].default):
                 raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
+        if given.get("eval_only") and "eval_iters" in given:
+            of_run["last_eval_iters"] = None
         if given.get("max_iters") is None and ("epochs" in given or "max_tokens" in given):  # a new length
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
@@ -517,7 +521,7 @@ def set_up(settings, processes):
     use_compile = settings.compile
     if use_compile is None:
         use_compile = device.type == "cuda" and not settings.lisa_layers
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True  # on CUDA, float32 matrices are multiplied with 10 bits of mantissa
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # a device without an index is refused
     elif device.type == "cpu":
@@ -583,7 +587,7 @@ def open_data(checkpoint, setup):
     if settings.init_from == "resume" and settings.dataset == checkpoint["settings"].get("dataset"):
         check_shards({folder / str(name): size for name, size in checkpoint["shards"].items()})
         if new := {path.name for path in sizes} - checkpoint["shards"].keys() if checkpoint["shards"] else ():
-            warnings.warn(f"{folder} has new shards, {sorted(new)[0]} the first: the order of the data is another now")
+            warnings.warn(f"{folder} has new shards, {sorted(new)[0]} the first: the data now come in another order")
     bits_per_nat = None
     if meta:
         bits_per_nat = meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"] / math.log(2)
@@ -1249,7 +1253,8 @@ def plan(settings):
         folder = data_folder(settings, Processes())
         data = TokenData(folder, "train", settings.block_size, 2**31, rows=settings.rows)  # of any vocabulary
         settings.max_iters = count_steps(settings, len(data))
-    meta = prepare_data.read_meta(Path(settings.data_dir) / settings.dataset)
+    places = Path(settings.data_dir) / settings.dataset, settings.dataset
+    meta = prepare_data.read_meta(places[0]) or prepare_data.read_meta(places[1])
     vocab_size = settings.vocab_size or meta.get("vocab_size") or prepare_data.byte_encoding().n_vocab
     with torch.device("meta"):
         model = GPT(settings.architecture(vocab_size))
@@ -1384,14 +1389,15 @@ def sweep(given, processes, stop):
     with prepare_data.locked(folder, f"training the runs in {folder}"):
         train_trials(trials, stop)
     print_table(trials)
-    again = "the same command" + " with --overwrite=false" * trials[0].settings.overwrite
+    again = "the same command goes on from here"
+    if trials[0].settings.overwrite:
+        again = "the same command begins all of them anew, with --overwrite=false it keeps what the folder holds"
     if stop.number:
-        stop.end(f"stopped; {again} goes on from here")
+        stop.end(f"stopped; {again}")
     print(f"compare them with: python analyze.py {folder}")
     n_failed = sum(trial.outcome.startswith("failed") for trial in trials)
     if n_failed:
-        advice = f"train.log in a run's folder says more, {again} tries them again"
-        raise UserError(f"{n_failed} of {len(trials)} runs failed; {advice}")
+        raise UserError(f"{n_failed} of {len(trials)} runs failed; train.log in a run's folder says more, {again}")
 
 
 def build_trial(folder, given):
@@ -1408,6 +1414,8 @@ def build_trial(folder, given):
         model = build_model(open_data(base, setup).config, None, setup)
     set_gates(model, settings, is_new=True)
     trial = Trial(folder, given, settings)
+    if settings.overwrite:
+        check_out_dir(settings)
     if settings.overwrite or not any(folder.glob("ckpt*.pt")):
         return trial
 

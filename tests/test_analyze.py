@@ -427,13 +427,17 @@ def test_a_question_with_a_separator_of_lines(tmp_path):
     assert analyze.read_questions(tmp_path / "q.jsonl") == [question, question]
 
 
-def test_experts_of_some_runs_only():
-    dense, checkpoint = GPTConfig(), {"tokenizer": None}
-    alone, several = (analyze.Settings(dirs, metrics="stream,experts") for dirs in (["run"], ["run", "other"]))
-    with pytest.raises(UserError, match="metrics=experts: run has no experts"):
-        analyze.plan_run("run", alone, dense, checkpoint)
-    with pytest.warns(match="run has no experts"):
-        assert analyze.plan_run("run", several, dense, checkpoint)[0] == ["stream"]
+def test_experts_of_some_runs_only(monkeypatch):
+    models = {"dense": build("pre"), "moe": build("pre", n_expert=4)}
+    monkeypatch.setattr(analyze, "load_run", lambda name: (models[name], {"tokenizer": None}))
+    monkeypatch.setattr(analyze, "data_of_run", lambda *_: None)
+    settings = analyze.Settings(["dense", "moe"], metrics="stream,experts")
+    with pytest.warns(match="dense has no experts") as said:
+        analyze.check_runs(["dense", "moe"], settings)
+    assert len(said) == 1
+    assert analyze.plan_run("dense", settings, models["dense"].config, {"tokenizer": None})[0] == ["stream"]
+    with pytest.raises(UserError, match="metrics=experts: dense has no experts"):
+        analyze.check_runs(["dense"], settings)
 
 
 def test_attention_weights_by_hand():

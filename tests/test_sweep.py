@@ -214,7 +214,7 @@ def test_disk_full_in_one_run(folder):
     last = train.count_steps(train.Settings(epochs=0.001, batch_size=2, gradient_accumulation_steps=1), len(data))
     done = call(*args, "--overwrite", cwd=folder)
     assert done.returncode == 2 and "1 of 2 runs failed" in done.stderr.splitlines()[-1]
-    assert "the same command with --overwrite=false tries them again" in done.stderr.splitlines()[-1]
+    assert "with --overwrite=false it keeps what the folder holds" in done.stderr.splitlines()[-1]
     assert "failed: cannot save full/seed=1/ckpt.pt: No space left on device" in done.stdout.splitlines()[1]
     assert steps(folder / "full") == {"seed=2": last}
     before = files(folder / "full" / "seed=2")

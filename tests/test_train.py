@@ -388,7 +388,7 @@ def test_new_shards_change_the_order_of_a_run(folder, tmp_path):
     args = [*SMALL, *SHORT, "--max_iters=2", f"--dataset={tmp_path}", f"--out_dir={tmp_path}/run"]
     assert call(*args, "--vocab_size=257", cwd=folder).returncode == 0
     shutil.copy(tmp_path / "train_000000.bin", tmp_path / "train_000001.bin")
-    with pytest.warns(match="has new shards, train_000001.bin the first: the order of the data is another now"):
+    with pytest.warns(match="has new shards, train_000001.bin the first: the data now come in another order"):
         assert call(*args, "--max_iters=3", "--init_from=resume", cwd=folder).returncode == 0
 
 
@@ -681,6 +681,9 @@ def test_the_last_evaluation_may_take_the_whole_held_out_set(folder, tmp_path):
     assert checkpoint["val_loss"] == pytest.approx(model.eval()(x, y)[1].item(), rel=1e-2)
     done = call("--eval_only", f"--out_dir={tmp_path}", "--device=cpu", cwd=folder)
     assert f"step 8: validation loss {checkpoint['val_loss']:.4f}" in done.stdout
+    with mock.patch.object(train, "evaluate", wraps=train.evaluate) as evaluate:
+        call("--eval_only", f"--out_dir={tmp_path}", "--device=cpu", "--eval_iters=3", cwd=folder)
+    assert [c.args[-1] for c in evaluate.call_args_list] == [3]
 
 
 def test_gradient_norms_of_layers_at_each_line(folder, tmp_path):
