@@ -1041,8 +1041,8 @@ def analyze_run(out_dir, settings, device):
     config, folder = model.config, data_of_run(settings, checkpoint)
     names, options, data = plan_run(out_dir, settings, config, checkpoint)
     text = load_batches(folder, config, settings.tokens, settings.batch_size, settings.block_size, device)
-    n_tokens = min(settings.tokens, settings.jacobian_tokens)
-    jacobian_text = load_batches(folder, config, n_tokens, 1, settings.block_size, device)
+    size = min(settings.tokens, settings.jacobian_tokens)
+    jacobian_text = load_batches(folder, config, size, 1, settings.block_size, device)
     data["jacobian"] = data["end_to_end"] = jacobian_text
     n_tokens = sum(idx.numel() for idx, _ in text)
     print(f"{out_dir}: {config.norm}, {config.n_layer} layers x {config.n_embd}, step {checkpoint['step']}; ", end="")

@@ -442,7 +442,7 @@ def test_experts_log_their_routers_losses(folder):
 
 def test_compiled_run_equals_the_eager_one(folder, tmp_path):
     """Through the compiler's front end; its C++ back end, a minute's work, is tests/benchmark.py's to run."""
-    args = [*SMALL, *SHORT, "--norm=gpas_peri", "--dtype=float32", "--max_iters=4", "--log_interval=1"]
+    args = [*SMALL, *SHORT, "--norm=gpas_peri", "--dtype=float32", "--max_iters=4", "--log_interval=1", "--n_layer=1"]
     assert call(*args, f"--out_dir={tmp_path}/eager", cwd=folder).returncode == 0
     original = torch.compile
     with mock.patch.object(torch, "compile", lambda model: original(model, backend="aot_eager")):
