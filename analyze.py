@@ -343,8 +343,10 @@ class Attention:
 
     def update(self, trace):
         B, T = trace.targets.shape
-        self.n, self.n_queries = self.n + B, self.n_queries + B * T
-        self.n_causal, self.n_all = self.n_causal + B * T * (T + 1) // 2, self.n_all + B * T**2
+        self.n += B
+        self.n_queries += B * T
+        self.n_causal += B * T * (T + 1) // 2
+        self.n_all += B * T**2
         P = min(T, self.map_size)
         if self.maps is None:
             self.maps = zeros(trace.model, *self.entropy.shape, P, P)

@@ -864,7 +864,7 @@ ACTIONS = {
 def main():
     settings = configure(Settings, "Exports a run's model or imports one, in Hugging Face form; runs benchmarks.")
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")  # it says what matters itself
-    if settings.to and settings.action in ("harness", "questions_from"):  # a file, which is written at the very end
+    if settings.to and settings.export is None:  # a file, which is written at the very end
         with explained(f"cannot write {settings.to}"):
             Path(settings.to).parent.mkdir(parents=True, exist_ok=True)
         if Path(settings.to).is_dir():

@@ -1187,6 +1187,29 @@ def test_lists_of_turns_count_as_text_of_a_job(tmp_path):
     assert len(jobs) == 4 and sum(len(data) for job, _ in jobs for *_, data in job) == 2000
 
 
+def test_a_library_that_lacks_another_names_it(monkeypatch):
+    def fail(module):
+        raise ImportError(name="pieces")
+
+    monkeypatch.setattr(prepare_data.importlib, "import_module", fail)
+    with pytest.raises(UserError, match="this needs the optional library whole, which lacks pieces: pip install whole"):
+        prepare_data.optional("whole.part")
+
+
+@pytest.mark.parametrize(
+    "dataset, data_dir, command",
+    [
+        ("mine", "data", "prepare_data.py --input=PATH --dataset=mine$"),
+        ("stdlib", "data", "prepare_data.py --dataset=stdlib$"),
+        ("c4", "far", "prepare_data.py --dataset=c4 --data_dir=far$"),
+    ],
+)
+def test_missing_data_name_the_command_that_makes_them(tmp_path, monkeypatch, dataset, data_dir, command):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=command):
+        prepare_data.find_data(dataset, data_dir, "train")
+
+
 def test_the_only_document_is_cut_near_nine_tenths(tmp_path):
     (tmp_path / "a.txt").write_text("Title\n" + "x" * 50_000)
     folder = prepare(tmp_path, tmp_path / "a.txt")

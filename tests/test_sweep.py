@@ -137,6 +137,15 @@ def test_an_overwriting_sweep_that_ended_before_its_first_checkpoint(swept):
     assert done.returncode == 2 and "weight_decay 0.1, not 0.5; --overwrite" in done.stderr
 
 
+def test_a_run_is_not_overwritten_by_its_own_fine_tuning(swept):
+    before = files(swept / "out-sweep")
+    (swept / "one.py").write_text('norm = ["pre"]\n')
+    args = "--learning_rate=1e-3,1e38", f"--init_from=out-sweep/{NAMES[0]}", "--out_dir=out-sweep", "--overwrite"
+    done = call("tiny.py", "one.py", *args, cwd=swept)
+    assert done.returncode == 2 and f"{NAMES[0]}: overwrite would remove out-sweep/{NAMES[0]}" in done.stderr
+    assert files(swept / "out-sweep") == before
+
+
 def test_a_run_that_lost_its_checkpoint_is_not_overwritten(swept):
     shutil.copytree(swept / "out-sweep", swept / "lost")
     (swept / "lost" / NAMES[0] / "ckpt.pt").unlink()
