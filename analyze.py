@@ -730,7 +730,7 @@ def end_to_end(model, batches, n_iter=20):
 
 @torch.no_grad()
 def multiple_choice(model, questions, encoding):
-    """Accuracy on multiple-choice questions, and what the removal of each layer costs (LNS section 3), a dict:
+    """Accuracy on multiple-choice questions, and what the removal of each layer costs (LNS section 2.1), a dict:
 
     accuracy     float  share of the questions whose best choice is the answer: acc_norm of EleutherAI's harness
     acc          float  the same where the best choice is the one of greatest log-likelihood, undivided: its acc

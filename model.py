@@ -109,7 +109,7 @@ class GPTConfig:
     # initialization
     init: Annotated[str | None, INITS] = None  # standard deviations of the matrices; none: as the scheme's row says
     init_std: POSITIVE = 0.02  # of every matrix but the embedding
-    init_variance: POSITIVE | None = None  # c: they have variance c / n_embd instead (Peri-LN section 6.2)
+    init_variance: POSITIVE | None = None  # c: they have variance c / n_embd instead (Peri-LN Table 9)
     embed_std: POSITIVE = math.sqrt(2 / 5)  # of the embedding (Scaled Embed, as in GPAS's code; LNS's code has 0.02)
 
     def __post_init__(self):
@@ -255,7 +255,7 @@ def gate_scale(gate, act="silu"):
 # Where s and the gate act: left the setting's value, in the papers' words; right the point in Residual.at. "before" is
 # x, "norm" A(x), "branch" h, and "stream" the shortcut where there is a C, x + h without. With s_position=gain there is
 # no factor: the gain of A starts at s.
-S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8
+S_POSITIONS = {"norm": "norm", "branch": "branch", "residual": "stream", "gain": None}  # LNS Table 8, GPAS section 3.2
 GPAS_POSITIONS = {"sublayer": "stream", "before": "before", "norm": "norm", "module": "branch"}  # GPAS Table 4
 
 
@@ -680,7 +680,7 @@ INITS = "normal", "scaled", "depth", "olmo", "xavier", "deepnorm"
 def initial_std(config, name, shape):
     """The standard deviation from which the matrix with this parameter name and shape is drawn."""
     c, matrix = config, name.removesuffix(".weight").rpartition(".")[2]
-    base = c.init_std if c.init_variance is None else math.sqrt(c.init_variance / c.n_embd)  # Peri-LN section 6.2
+    base = c.init_std if c.init_variance is None else math.sqrt(c.init_variance / c.n_embd)  # Peri-LN Table 9
     if matrix == "embed_tokens":
         return c.embed_std
     if matrix in ("lm_head", "router"):
@@ -692,7 +692,7 @@ def initial_std(config, name, shape):
         "scaled": base / math.sqrt(2 * c.n_layer) if is_output else base,  # LNS section 6
         "depth": base / math.sqrt(2 * l),  # Zhang et al. 2019
         "olmo": 1 / math.sqrt(c.n_embd * (2 * l if is_output else 1)),  # LNS section 5.3.1
-        "xavier": xavier,  # Xavier-normal, Peri-LN section 6.2
+        "xavier": xavier,  # Peri-LN Table 9; which of Xavier's two distributions it does not say, here the normal
         "deepnorm": xavier if matrix in ("q_proj", "k_proj") else xavier * (8 * c.n_layer) ** -0.25,
     }[c.init]
 

@@ -105,7 +105,7 @@ class Settings(GPTConfig):
     beta1: float = 0.9  # of Adam and AdamW
     beta2: float = 0.95  # of Adam and AdamW
     grad_clip: NOT_NEGATIVE = 1.0  # largest norm of the gradient of all but the gates; 0: no clipping
-    gate_clip: NOT_NEGATIVE = 0.0  # of all gates, jointly (GPAS clips at 0.01 where gates fluctuate); 0: no clipping
+    gate_clip: NOT_NEGATIVE = 0.0  # of all gates, jointly (0.01 in GPAS's appendix, at 7B); 0: no clipping
     gates: str | None = None  # fixed gates: a number, n_layer of them with commas between, or a run's folder (its)
     freeze_gates: bool | None = None  # gates stay what they are at the start; none: in fine-tuning (GPAS section 4.1)
     lisa_layers: NATURAL = 0  # LISA: train only so many blocks, drawn anew, and what is outside of them; 0: all
