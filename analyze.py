@@ -92,7 +92,7 @@ class Settings:
             raise ValueError("the same run is given twice")
         unknown = [name for name in self.names() if name not in MEASURES]
         if unknown:
-            raise ValueError(f"unknown metrics {unknown[0]!r}; known: all, {', '.join(MEASURES)}")
+            raise ValueError(f"unknown metrics {unknown[0]!r}; known: {', '.join(MEASURES)}, or all by itself")
         if "choices" in self.names() and not self.choices:
             raise ValueError("metrics=choices needs a file of questions: --choices=FILE.jsonl")
         if self.choices and "choices" not in self.names():
@@ -104,7 +104,7 @@ class Settings:
         """The names of the measures that are asked for; all leaves choices out where there is no file of questions."""
         if self.metrics == "all":
             return [name for name in MEASURES if name != "choices" or self.choices]
-        return self.metrics.split(",")
+        return list(dict.fromkeys(self.metrics.split(",")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,8 +331,8 @@ class Attention:
     sparsity         (3, L, n_head)  the same over all T^2 entries, the masked ones counting as 0 (Sparsity Eq. 15);
                                      its mean over layers and heads is Eq. 16
     entropy          (L, n_head)     -sum_j A_ij log A_ij in nats, 0 log 0 = 0, mean over queries i and sequences
-    maps             (L, n_head, P, P)  A averaged over sequences, its first P = min(T, map_size) positions (Sparsity
-                                     Figure 6, which shows A^0.2); map_size is 256 unless given
+    maps             (L, n_head, P, P)  A averaged over sequences, its first P = min(T, map_size) positions, T of the
+                                     shortest (Sparsity Figure 6, which shows A^0.2); map_size is 256 unless given
     """
 
     def __init__(self, model, map_size=256):
@@ -350,6 +350,8 @@ class Attention:
         P = min(T, self.map_size)
         if self.maps is None:
             self.maps = zeros(trace.model, *self.entropy.shape, P, P)
+        P = min(P, self.maps.shape[-1])
+        self.maps = self.maps[..., :P, :P]  # the positions that all batches so far have
         for l, layer in enumerate(trace.inside):
             if "attention" not in layer:
                 self.below[:, l], self.entropy[l], self.maps[l] = math.nan, math.nan, math.nan
@@ -523,7 +525,7 @@ class Removal:
         L, loss, removed = len(self.removed), self.loss / self.n, self.removed / self.n
         C = torch.where(self.change == 0, 0.0, self.change / self.size)
         C.masked_fill_(torch.ones_like(C).tril().bool(), math.nan)
-        score = C.nanmean(1).nan_to_num(0.0).mean().item()
+        score = sum(C[s, s + 1 :].mean().item() for s in range(L - 1)) / L
         return {
             "loss": loss.item(),
             "perplexity": loss.exp().item(),
@@ -656,7 +658,7 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
     By reverse mode, `rows` rows of J at a time: J is what backpropagation sees. GPAS stops a gradient, so that J then
     is not the derivative of the forward function: on the stream its gate does not scale J.
     """
-    d, layers = model.config.n_embd, list(layers or range(1, len(model.blocks) + 1))
+    d, layers = model.config.n_embd, list(dict.fromkeys(layers or range(1, len(model.blocks) + 1)))
     if not set(layers) <= set(range(1, len(model.blocks) + 1)):
         raise UserError(f"layers are {','.join(map(str, layers))}; the model has layers 1 to {len(model.blocks)}")
     J, n = zeros(model, len(layers), d, d), 0
@@ -750,6 +752,8 @@ def multiple_choice(model, questions, encoding):
             rows = [encode_choice(encoding, block_size, *pair) for pair in zip(prompts, choices)]
             idx, targets = zip(*rows)
             idx = pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
+            if idx.max() >= model.config.vocab_size:
+                raise UserError(f"a question holds token {idx.max()}; the model knows {model.config.vocab_size} tokens")
             targets = pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
             states = Trace(model, idx, targets).states
             ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
@@ -968,6 +972,10 @@ def load_run(out_dir, device="cpu"):
             prepare_data.build_encoding(checkpoint["tokenizer"])
         if not all(type(checkpoint["settings"].get(name)) is str for name in ("dataset", "data_dir")):
             raise ValueError("its settings name no data set")
+        if type(checkpoint["settings"].get("max_iters", 0)) is not int:
+            raise ValueError("its max_iters is no number of steps")
+        if type(checkpoint.get("val_loss", 0.0)) not in (float, type(None)):
+            raise ValueError("its val_loss is no number")
     except Exception as error:  # an edited file can hold anything
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise UserError(f"the checkpoint of {out_dir} cannot be read: {reason}") from None
@@ -1026,10 +1034,17 @@ def check_runs(out_dirs, settings):
     dense = []
     for out_dir in out_dirs:
         model, checkpoint = load_run(out_dir)
-        data_of_run(settings, checkpoint)
-        plan_run(out_dir, settings, model.config, checkpoint)
+        config, folder = model.config, data_of_run(settings, checkpoint)
+        names, options, data = plan_run(out_dir, settings, config, checkpoint)
+        text = load_batches(folder, config, settings.tokens, settings.batch_size, settings.block_size)
+        n_tokens = sum(idx.numel() for idx, _ in text)
+        if "usefulness" in names and n_tokens <= config.n_embd:
+            raise UserError(f"usefulness: {n_tokens} tokens cannot fit a map of {config.n_embd} dimensions and a bias")
+        for prompts, choices, _ in map(unpack, data.get("choices", ())):
+            for prompt, choice in zip(prompts, choices):
+                encode_choice(options["choices"]["encoding"], config.block_size, prompt, choice)
         read_log(run_folder(out_dir) / "log.jsonl")
-        dense += [out_dir] * (not model.config.n_expert)
+        dense += [out_dir] * (not config.n_expert)
     if "experts" in settings.metrics.split(","):
         if len(dense) == len(out_dirs):
             raise UserError(f"metrics=experts: {dense[0]} has no experts")
@@ -1073,7 +1088,7 @@ def plain(value):
     """`value` for JSON: tensors as lists, what is not a number (or not finite) as null. What has the key `maps` or
     `matrices`, attention maps and Jacobians, is too large for text: some of it is in the figures."""
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if k not in ("maps", "matrices")}
+        return {k: plain(v) for k, v in value.items() if not (k in ("maps", "matrices") and torch.is_tensor(v))}
     if torch.is_tensor(value):
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
@@ -1159,8 +1174,10 @@ def line_styles(names):
 
 def grid(n, n_columns, width, height):
     """A figure of n axes, width x height inches each, in rows of n_columns, and the axes."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a folder's name may hold $
     n_rows, n_columns = math.ceil(n / n_columns), min(n, n_columns)
     fig = Figure(figsize=(width * n_columns, height * n_rows + 0.5), layout="constrained")
     return fig, [fig.add_subplot(n_rows, n_columns, i + 1) for i in range(n)]
@@ -1330,7 +1347,10 @@ LOGGED = {
 def logged(log, key):
     """(steps, values) of what a log holds under a key: one value for each step, float64, of any shape."""
     records = [record for record in log if key in record]
-    values = torch.tensor([record[key] for record in records], dtype=torch.float64)
+    try:
+        values = torch.tensor([record[key] for record in records], dtype=torch.float64)
+    except (ValueError, TypeError):
+        raise UserError(f"the values of {key} in a log are no numbers, or not equally many in each line") from None
     return [record["step"] for record in records], values
 
 
@@ -1365,9 +1385,16 @@ def draw_training(results, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sweeps: runs that differ in some settings, averaged over seeds
 
-# Settings that follow from others where they are not given: one that another setting decides is not a difference.
-DERIVED = "n_kv_head head_dim n_hidden max_iters gate_init freeze_gates".split()
-DERIVED += "norm_type embed_norm qk_norm v_norm branch_scale init".split()  # a scheme's row brings them along
+# Settings that follow from others where they are not given, and from which: where those decide it, it is no difference.
+DERIVED = {
+    "n_kv_head": "n_head",
+    "head_dim": "n_embd n_head",
+    "n_hidden": "n_embd",
+    "max_iters": "epochs max_tokens batch_size gradient_accumulation_steps block_size dataset rows",
+    "gate_init": "gpas_act",
+    "freeze_gates": "norm gates",
+    **dict.fromkeys("norm_type embed_norm qk_norm v_norm branch_scale init".split(), "norm"),
+}
 # How a run is computed and watched.
 IGNORED = "out_dir data_dir overwrite init_from device compile recompute jobs vocab_size".split()
 IGNORED += "eval_iters last_eval_iters eval_interval log_interval keep_every".split()
@@ -1424,22 +1451,21 @@ def read_sweep(folder, settings, device):
     if set(names) <= {"seed"}:
         names = ["norm", *names]  # one scheme, over seeds
     for entry in runs:
-        entry["settings"] = {name: entry["settings"][name] for name in names}
+        entry["settings"] = {name: entry["settings"].get(name) for name in names}
     return runs
 
 
 def differing(given):
     """The names of the settings in which runs differ, of the settings of each: norm first, the seed last."""
-    known = set(given[0]).intersection(*given).difference(IGNORED)
-    differ = {name for name in known if len({of_run[name] for of_run in given}) > 1}
+    names = set().union(*given).difference(IGNORED)  # a run of an earlier version, or an imported one, may lack some
+    differ = {name for name in names if len({of_run[name] for of_run in given if name in of_run}) > 1}
 
-    def decides(one, other):
-        pairs = {(of_run[one], of_run[other]) for of_run in given}
-        return len(pairs) == len({value for value, _ in pairs})
+    def is_decided(name):
+        pairs = {(tuple(map(of_run.get, DERIVED[name].split())), of_run.get(name)) for of_run in given}
+        return len(pairs) == len({sources for sources, _ in pairs})
 
-    deciding = differ.difference(DERIVED, ["seed"])
-    decided = {name for name in differ.intersection(DERIVED) if any(decides(one, name) for one in deciding)}
-    return sorted(differ - decided, key=lambda name: (name != "norm", name == "seed", name != "learning_rate", name))
+    differ -= {name for name in differ.intersection(DERIVED) if is_decided(name)}
+    return sorted(differ, key=lambda name: (name != "norm", name == "seed", name != "learning_rate", name))
 
 
 def by_group(runs, without=("seed",)):
@@ -1448,7 +1474,12 @@ def by_group(runs, without=("seed",)):
     for entry in runs:
         key = tuple((name, value) for name, value in entry["settings"].items() if name not in without)
         groups.setdefault(key, []).append(entry)
-    return dict(sorted(groups.items(), key=lambda item: [(str(type(v)), v) for _, v in item[0]]))
+
+
+    def place(value):  # numbers first, then texts, true and false, none
+        return ("" if type(value) in (int, float) else str(type(value))), value
+
+    return dict(sorted(groups.items(), key=lambda item: [place(value) for _, value in item[0]]))
 
 
 def finished_losses(runs):
@@ -1456,12 +1487,17 @@ def finished_losses(runs):
 
 
 def best_groups(runs):
-    """The groups of by_group, of those that differ in the learning rate alone the one of smallest mean loss."""
+    """The groups of by_group, of those that differ in the learning rate alone the best one: the fewest diverged runs,
+    and of these the smallest mean loss."""
+
+    def rank(group):
+        return sum(entry["state"] == "diverged" for entry in group), statistics.fmean(finished_losses(group))
+
     best = {}
     for at_all_rates in by_group(runs, without=("seed", "learning_rate")).values():
         groups = {key: group for key, group in by_group(at_all_rates).items() if finished_losses(group)}
         if groups:
-            key = min(groups, key=lambda key: statistics.fmean(finished_losses(groups[key])))
+            key = min(groups, key=lambda key: rank(groups[key]))
             best[key] = groups[key]
     return best
 
@@ -1522,6 +1558,7 @@ def sweep_tables(runs, baseline):
 
 def mean_line(points):
     """(x, mean, deviation) for draw_lines of {x: a list of numbers, one for each seed}; the deviation of one is 0."""
+    points = dict(sorted(points.items()))  # a step that one seed has not logged comes late
     columns = [torch.tensor(values, dtype=torch.float64) for values in points.values()]
     deviation = [column.std() if len(column) > 1 else 0.0 for column in columns]
     return list(points), torch.tensor([column.mean() for column in columns]), torch.tensor(deviation)
@@ -1571,7 +1608,9 @@ def draw_groups(runs, folder):
 
 
 def is_value(text, value):
-    """Whether a text of the command line, such as 1e-3, is a setting's value."""
+    """Whether a text of the command line, such as 1e-3 or none, is a setting's value."""
+    if value is None:
+        return text.lower() == "none"
     try:
         return text == str(value) or json.loads(text) == value
     except ValueError:
@@ -1586,7 +1625,7 @@ def analyze_sweep(settings, device):
     if n_young:
         print(f"runs that have saved no checkpoint yet, left out here: {n_young}")
     names = [name for name in runs[0]["settings"] if name != "seed"]
-    values = list(dict.fromkeys(entry["settings"][names[0]] for entry in runs))
+    values = list(dict.fromkeys(dict(group)[names[0]] for group in by_group(runs)))
     wanted = settings.baseline or ("pre" if "pre" in values else str(values[0]))
     baseline = [value for value in values if is_value(wanted, value)]
     if not baseline:

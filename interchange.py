@@ -62,10 +62,7 @@ def fold(model):
     the layer, for gates whose product S float32 or the weights' dtype cannot hold (norms square u), and for b2t around
     an attention without a norm at C, where the layer's input would need a factor of its own.
     """
-    # A training step leaves router losses that hang on its graph, which deepcopy refuses.
-    moes = [m for m in model.modules() if isinstance(m, MoE) and hasattr(m, "z_loss")]
-    plain = copy.deepcopy(model, {id(loss): loss.detach() for m in moes for loss in (m.balance_loss, m.z_loss)})
-    c = model.config
+    plain, c = copy.deepcopy(model), model.config
     no_gates = dict(norm=c.norm.removeprefix("gpas_"), gpas_act="silu", gpas_position="sublayer", gate_init=None)
     no_gates |= dict(gpas_stop_gradient=True, gate_per="layer")
     s_position = "gain" if find_scheme(c.norm)[0].s else "norm"
@@ -76,7 +73,9 @@ def fold(model):
 
     S = 1.0
     for l, block in enumerate(plain.blocks, 1):
-        gates = [1.0] if block.gate is None else gate_scale(block.gate, block.gpas_act).tolist()
+        gates = [1.0]
+        if block.gate is not None:  # in the weights' type, as in the block
+            gates = gate_scale(block.gate, block.gpas_act).to(block.attn.o_proj.weight.dtype).tolist()
         block.gate = None
         attn_factors = take_factors(block.attn_residual, gates[0])
         mlp_factors = take_factors(block.mlp_residual, gates[-1])

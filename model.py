@@ -58,10 +58,11 @@ SHARE = Annotated[float, (0, 1)]
 
 @dataclass
 class GPTConfig:
-    """The architecture. None means what the comment says and is replaced by it. ValueError for what cannot be built."""
+    """The architecture. None means what the comment says and is replaced by it, for good: for another norm or width call
+    GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what cannot be built."""
 
     # model
-    block_size: COUNT = 256  # longest sequence, in tokens
+    block_size: COUNT = 256  # longest sequence in training and generation, in tokens
     vocab_size: NATURAL = 257  # rows of the embedding and of the head
     n_layer: COUNT = 12  # blocks, each attention and MLP
     n_head: COUNT = 4  # query heads
@@ -226,9 +227,9 @@ def gpas(x, scale, keep=None):
 
     The last line is this equation. Of a gradient g of the result, x gets g through the first term, and scale gets the
     sum of g * x through the second, which gate_scale hands on to the gate, times -act'(a). `keep` ("input" or "output")
-    gives the same values and gradients in less memory: see ScaleForwardOnly.
+    gives the same values and gradients in less memory: see ScaleForwardOnly, which needs a single number as scale.
     """
-    if keep:
+    if keep and scale.numel() == 1:
         return ScaleForwardOnly.apply(x, scale, keep == "output")
     return x - (1 - scale) * x.detach()
 
@@ -538,7 +539,8 @@ class GPT(nn.Module):
 
     def gates(self):
         """The GPAS gates, one parameter of shape (1,) a layer ((2,) with one a sub-layer); empty without gates."""
-        return [block.gate for block in self.blocks if block.gate is not None]
+        gates = [getattr(block, "gate", None) for block in self.blocks]  # none in a block that a user has replaced
+        return [gate for gate in gates if gate is not None]
 
     @torch.no_grad()
     def set_gates(self, values):
@@ -549,7 +551,7 @@ class GPT(nn.Module):
             value = torch.as_tensor(value)
             if value.numel() not in (1, gate.numel()):
                 raise ValueError(f"{value.numel()} values for a layer with {gate.numel()} gate")
-            gate.copy_(value)
+            gate.copy_(value.flatten())
 
     def optimizer_groups(self, weight_decay, decay_embedding=True):
         """Parameter groups for AdamW: matrices decay (the embedding only with decay_embedding), vectors do not, and the
@@ -562,7 +564,7 @@ class GPT(nn.Module):
             "embedding": ([] if decay_embedding else [embedding], 0.0),
             "matrices": (matrices, weight_decay),
             "vectors": ([p for p in self.parameters() if p.dim() < 2 and id(p) not in gates], 0.0),
-            "gates": (self.gates(), 0.0),
+            "gates": ([p for p in self.parameters() if id(p) in gates], 0.0),
         }
         return [{"name": n, "params": ps, "weight_decay": decay} for n, (ps, decay) in groups.items() if ps]
 
@@ -584,7 +586,7 @@ class GPT(nn.Module):
         config, T = self.config, T or self.config.block_size
         matrices = self.count_params()["active"] - sum(p.numel() for p in self.parameters() if p.dim() < 2)
         matrices -= 0 if config.tie_embeddings else self.embed_tokens.weight.numel()
-        return 6 * matrices + 12 * config.n_layer * config.n_head * config.head_dim * (T + 1) / 2
+        return 6 * matrices + 12 * len(self.blocks) * config.n_head * config.head_dim * (T + 1) / 2
 
     def mfu(self, tokens_per_s, peak_flops, T=None):
         """Model FLOPs utilization: the share of the hardware's peak (in FLOP/s) that the model's own work reaches."""
@@ -595,8 +597,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed):
         """Draws every matrix from its own generator, on the CPU, and omega from a profiling pass. Vectors get the value
-        that they start from: what came from the meta device (FSDP) holds anything."""
+        that they start from: what came from the meta device holds anything. Call it before the model is sharded."""
         c = self.config
+        if c.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight  # to_empty makes two of them
         for name, p in self.named_parameters():
             if p.is_meta:
                 return
@@ -652,7 +656,7 @@ def auxiliary_losses(model, logits, targets):
     """{name: (weight, loss)} of what training adds to the cross-entropy: the routers' losses, averaged over layers, and
     the head's z-loss, the mean of logsumexp(logits)^2 over the targets that are not -100."""
     config, losses = model.config, {}
-    moes = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
+    moes = [block.mlp for block in model.blocks if isinstance(getattr(block, "mlp", None), MoE)]
     if moes:
         losses["balance"] = config.balance_weight, torch.stack([moe.balance_loss for moe in moes]).mean()
         losses["z"] = config.z_weight, torch.stack([moe.z_loss for moe in moes]).mean()
@@ -666,7 +670,7 @@ def auxiliary_losses(model, logits, targets):
 def to_matmul_dtype(x):
     """x as autocast will cast it for the next nn.Linear, so that several of them share one copy."""
     kind = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
@@ -728,7 +732,8 @@ class MoE(nn.Module):
     def route(self, tokens):
         """The router's logits (N, n_expert) of tokens (N, n_embd), in at least float32."""
         dtype = torch.promote_types(torch.promote_types(tokens.dtype, self.router.weight.dtype), torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
+        kind = tokens.device.type
+        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
             return F.linear(tokens.to(dtype), self.router.weight.to(dtype))
 
     def forward(self, x):
@@ -757,6 +762,10 @@ class MoE(nn.Module):
             return y
         return (k * y + self.shared(x)) / (k + 1) if self.average_shared else y + self.shared(x)
 
+    def __getstate__(self):
+        """For copy.deepcopy, which refuses the losses of the last step while they hang on its graph."""
+        return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+
 
 class Experts(nn.Module):
     """n_expert SwiGLUs, their matrices stacked (expert, out, in), each for its own rows of the input."""
@@ -774,8 +783,10 @@ class Experts(nn.Module):
 
 
 def has_grouped_mm(*tensors):
-    """Whether torch's grouped product, which needs no synchronization, takes these: on CUDA, rows of k * 16 bytes."""
-    return all(t.is_cuda and t.dtype != torch.float64 and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
+    """Whether torch's grouped product, which needs no synchronization, takes these in the first one's dtype: on CUDA,
+    rows of k * 16 bytes."""
+    size = tensors[0].element_size()
+    return all(t.is_cuda and t.dtype != torch.float64 and t.shape[-1] * size % 16 == 0 for t in tensors)
 
 
 # One opaque operator, so that torch.compile keeps one graph whatever the load of the experts. On the CPU a product per
@@ -823,7 +834,7 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, w, ends = ctx.saved_tensors
         g = g.contiguous()
-        # apply, not grouped_product: so it can be derived by g once more
+        # apply, not grouped_product: so it can be derived once more by g (not by x and w)
         return GroupedLinear.apply(g, w.transpose(1, 2), ends), grouped_outer(g, x, ends, w), None
 
 
@@ -834,7 +845,7 @@ class GroupedLinear(torch.autograd.Function):
 class ScaleForwardOnly(torch.autograd.Function):
     """gpas in less memory: y = scale * x with dy/dx = I and dy/dscale = x. What is kept for the backward pass is x or,
     with from_output, y, and x is then computed as y / scale. The one of the two that a neighbouring operation keeps in
-    any case costs no memory."""
+    any case costs no memory. A hook must not change y in place: it would change what is kept."""
 
     generate_vmap_rule = True
 
@@ -946,8 +957,8 @@ def mistakes(config):
     qk_widths = {"none": (), "head": (c.head_dim,), "full": full}[c.qk_norm]
     kinds = c.norm_type, *(c.qk_norm_type or c.norm_type for _ in qk_widths)
     for kind, width in zip(kinds, (c.n_embd, *qk_widths)):
-        if kind == "groupnorm" and width % c.norm_groups:
-            yield f"norm_groups {c.norm_groups} does not divide the width {width} of a norm"
+        if kind == "groupnorm" and (width % c.norm_groups or width == c.norm_groups):
+            yield f"norm_groups {c.norm_groups} does not divide the width {width} of a norm into groups of 2 or more"
 
     # A setting that nothing reads, but that is not at its default, is a misunderstanding.
     scheme, gated = find_scheme(c.norm)
@@ -994,6 +1005,8 @@ def rope_mistakes(scaling):
     numbers = [value for name, value in scaling.items() if name != "rope_type"]
     if set(scaling) != set(names) or not all(type(n) in (int, float) and 0 < n < 1e30 for n in numbers):
         yield f"rope_scaling of type {kind} needs {', '.join(names)}, positive numbers; got {scaling}"
+    elif kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        yield f"rope_scaling needs a low_freq_factor below its high_freq_factor; got {scaling}"
 
 
 def doubts(config):
@@ -1028,10 +1041,12 @@ def load_checkpoint(place):
     except Exception as error:  # torch.load raises whatever its unpickler met in a damaged file
         reason = f"checkpoint {path} cannot be read: {type(error).__name__} {' '.join(str(error).split())[:300]}"
     previous = path.with_name("ckpt_previous.pt")
-    if path.name == "ckpt.pt" and previous.exists():
+    if path.name == "ckpt.pt":
         try:
             step = read_checkpoint(previous)["step"]
             reason += f"; the one before it is whole, of step {step}: mv {previous} {path}"
+        except FileNotFoundError:
+            pass
         except Exception:
             reason += f"; {previous} cannot be read either"
     raise ValueError(reason)
@@ -1042,6 +1057,8 @@ def read_checkpoint(path):
     with zipfile.ZipFile(path) as file:
         if damaged := file.testzip():  # torch.load does not look at the checksums
             raise ValueError(f"its part {damaged} is not what was written")
+        if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+            raise ValueError("it is compressed: another program has packed it anew")  # memory-mapping would read garbage
     with warnings.catch_warnings(action="ignore"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     kinds = {"model": dict, "optimizer": dict, "config": dict, "settings": dict, "step": int, "tokenizer": dict | None}
@@ -1065,6 +1082,6 @@ def find_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0][:200]}") from None
     return device

@@ -412,6 +412,27 @@ def test_attention_in_batches_of_two_lengths():
     close(both["entropy"], (parts[0]["entropy"] * 12 + parts[1]["entropy"] * 6) / 18)
     close(both["causal_sparsity"], (parts[0]["causal_sparsity"] * 78 + parts[1]["causal_sparsity"] * 21) / 99)
     close(both["sparsity"], (parts[0]["sparsity"] * 144 + parts[1]["sparsity"] * 36) / 180)
+    whole = [analyze.attention(model, batches)["maps"] for batches in (long + short, short + long, long, short)]
+    assert whole[0].shape[-1] == 6  # the positions that all have
+    close(whole[0], whole[1])
+    close(whole[0], (whole[2][..., :6, :6] + whole[3]) / 2)
+
+
+def test_states_that_are_no_numbers_have_no_causal_score():
+    model = build("pre")
+    with torch.no_grad():
+        model.embed_tokens.weight.fill_(math.nan)
+    assert math.isnan(analyze.removal(model, text(model, n=1))["causal_score"])
+
+
+def test_a_layer_that_is_named_twice_is_measured_once():
+    model = build("pre")
+    assert analyze.jacobian(model, text(model, n=1, T=4), layers=[2, 2])["layers"].tolist() == [2]
+
+
+def test_json_of_runs_named_as_large_results_are():
+    runs = {"maps": {"variance": torch.ones(2)}, "plain": {"maps": torch.ones(2, 2)}}
+    assert analyze.plain(runs) == {"maps": {"variance": [1.0, 1.0]}, "plain": {}}
 
 
 def test_a_loss_whose_perplexity_is_too_large():
@@ -431,6 +452,7 @@ def test_experts_of_some_runs_only(monkeypatch):
     models = {"dense": build("pre"), "moe": build("pre", n_expert=4)}
     monkeypatch.setattr(analyze, "load_run", lambda name: (models[name], {"tokenizer": None}))
     monkeypatch.setattr(analyze, "data_of_run", lambda *_: None)
+    monkeypatch.setattr(analyze, "load_batches", lambda *_: [])
     settings = analyze.Settings(["dense", "moe"], metrics="stream,experts")
     with pytest.warns(match="dense has no experts") as said:
         analyze.check_runs(["dense", "moe"], settings)
@@ -635,6 +657,11 @@ def test_what_one_of_several_runs_cannot_be_asked_is_told_before_any_is_measured
     torch.save(checkpoint, shallow / "ckpt.pt")
     code, out, err = program("out-pre", "shallow", "--layers=3", "--metrics=jacobian", "--tokens=64")
     assert code == 2 and "--layers=3: shallow has layers 1 to 2" in err and "held-out tokens" not in out
+    code, out, err = program("out-pre", "--metrics=removal,usefulness", "--tokens=1", "--block_size=8")
+    assert code == 2 and "8 tokens cannot fit a map of 16 dimensions" in err and "held-out tokens" not in out
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "a", "choices": ["b", "c" * 999], "answer": 0}) + "\n")
+    code, out, err = program("out-pre", "--metrics=removal,choices", "--choices=long.jsonl")
+    assert code == 2 and "more than the block size" in err and "held-out tokens" not in out
     code, out, err = program("out-pre", "--layers=3", "--metrics=jacobian", "--tokens=64", "--figures=false")
     assert code == 0 and json.loads((folder / "out-pre" / "analysis.json").read_text())["jacobian"]["tokens"] == 64
 
@@ -734,7 +761,7 @@ def test_text_of_another_tokenizer(program, folder):
         ([], "which run?"),
         (["out-none"], "no checkpoint out-none/ckpt.pt"),
         (["out-pre", "out-pre"], "given twice"),
-        (["out-pre", "--metrics=streem"], "unknown metrics 'streem'; known: all, removal"),
+        (["out-pre", "--metrics=streem"], "unknown metrics 'streem'; known: removal, permutation"),
         (["out-pre", "--metrics=choices"], "--choices=FILE.jsonl"),
         (["out-pre", "--metrics=experts"], "out-pre has no experts"),
         (["out-pre", "--metrics=stream", "--choices=questions.jsonl"], "no effect"),

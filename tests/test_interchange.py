@@ -370,6 +370,8 @@ def test_settings_that_are_read(transformers, tmp_path):
     ignored = dict(use_cache=True, torch_dtype="bfloat16", attention_dropout=0.1, _name_or_path="x", use_nothing=False)
     config = read_config({**LLAMA, **ignored, "rope_theta": 5000.0}, tmp_path)
     assert config.rope_theta == 5000 and config.n_kv_head == 2 and config.norm == "pre" and config.block_size == 64
+    with pytest.raises(ValueError, match="a low_freq_factor below its high_freq_factor"):
+        GPTConfig(rope_scaling=LLAMA3_ROPE | dict(low_freq_factor=8.0))
     config = read_config({**LLAMA, "rope_scaling": dict(type="linear", factor=2.0)}, tmp_path)
     assert config.rope_scaling == dict(rope_type="linear", factor=2.0) and config.rope_theta == 10000
     config = read_config({**LLAMA, "model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False}, tmp_path)

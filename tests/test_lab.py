@@ -72,6 +72,39 @@ def test_the_settings_that_differ(runs):
     assert analyze.differing([{"n_kv_head": 1, "seed": 1}, {"n_kv_head": 2, "seed": 2}]) == ["n_kv_head", "seed"]
 
 
+def test_what_decides_a_setting_and_what_only_differs_with_it():
+    """Two settings may decide a third together; one that another only happens to differ with is a difference."""
+    widths = [{"n_embd": d, "n_head": h, "head_dim": d // h} for d in (16, 32) for h in (2, 4)]
+    assert analyze.differing(widths) == ["n_embd", "n_head"]
+    steps = [{"block_size": b, "max_tokens": n, "max_iters": n // b} for b in (64, 128) for n in (1280, 2560)]
+    assert analyze.differing(steps) == ["block_size", "max_tokens"]
+    assert analyze.differing([{"norm": "pre", "max_iters": 60}, {"norm": "lns", "max_iters": 8}]) == ["norm", "max_iters"]
+
+
+def test_a_run_that_lacks_settings_hides_no_difference():
+    """An imported run has no learning rate and no seed; those of the others still tell them apart."""
+    trained = [{"norm": "pre", "learning_rate": r, "seed": s} for r in (1, 2) for s in (1, 2)]
+    assert analyze.differing([*trained, {"norm": "lns"}]) == ["norm", "learning_rate", "seed"]
+
+
+def test_a_rate_at_which_runs_diverge_is_not_the_best():
+    def entry(rate, seed, loss, state="finished"):
+        return {"settings": {"norm": "pre", "learning_rate": rate, "seed": seed}, "state": state, "loss": loss}
+
+    stable, wild = [entry(1e-3, 1, 3.2), entry(1e-3, 2, 3.3)], [entry(1e-2, 1, 3.1), entry(1e-2, 2, 9.0, "diverged")]
+    assert list(analyze.best_groups(stable + wild).values()) == [stable]
+    assert list(analyze.best_groups(stable + wild[:1]).values()) == [wild[:1]]
+
+
+def test_the_order_of_values_and_of_steps():
+    """Whole numbers and fractions in one order, none last; a curve's steps in order, also one that a seed lacks."""
+    runs = [{"settings": {"weight_decay": value, "seed": 1}} for value in (None, 0.1, 1, 0, 0.01)]
+    assert [dict(key)["weight_decay"] for key in analyze.by_group(runs)] == [0, 0.01, 0.1, 1, None]
+    assert analyze.is_value("none", None) and not analyze.is_value("None", 0.1)
+    x, mean, _ = analyze.mean_line({10: [1.0, 2.0], 30: [3.0], 20: [2.0]})
+    assert x == [10, 20, 30] and mean.tolist() == [1.5, 2.0, 3.0]
+
+
 def test_means_and_states(runs):
     states = [run["state"] for run in runs]
     assert (states.count("finished"), states.count("diverged"), states.count("unfinished")) == (11, 1, 1)

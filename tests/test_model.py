@@ -457,6 +457,7 @@ def test_lns_with_scaled_initialization_warns():
         (dict(norm="olmo_init", init_variance=2.0), "it needs another init"),
         (dict(norm="lns", s_position="gain", norm_affine=False), "it needs an s_position other than gain"),
         (dict(norm="group", norm_groups=5), "norm_groups 5 does not divide the width 32"),
+        (dict(norm="group", norm_groups=32), "norm_groups 32 does not divide the width 32 of a norm into groups of 2"),
         (dict(norm="pre", branch_scale="rezero"), "unknown branch_scale 'rezero'; known: none, skipinit, layerscale"),
         (dict(norm="pre", init="he"), "unknown init 'he'; known: normal, scaled"),
         (dict(norm="pre", init_variance=-1.0), "init_variance is -1.0"),
@@ -533,7 +534,10 @@ def test_schemes_start_from_the_same_matrices():
 def test_meta_device_and_double():
     with torch.device("meta"):
         model = GPT(small("gpas_deepnorm"))
+        experts = GPT(small("pre", n_expert=4))
     assert all(p.is_meta for p in model.parameters())
+    for m in (model, experts):
+        assert m(torch.zeros(2, 8, dtype=torch.long, device="meta"))[0].shape == (2, 8, 29)
     assert model.count_params() == GPT(small("gpas_deepnorm")).count_params()
 
 
@@ -608,8 +612,8 @@ def test_compiles_to_one_graph(norm):
 
 @pytest.mark.parametrize("norm", ALL)
 def test_a_model_from_the_meta_device_starts_from_the_same_weights(norm):
-    """As FSDP makes it: its memory holds anything until init_weights."""
-    more = dict(s_position="gain") if norm.endswith("lns") else {}
+    """As FSDP makes it: its memory holds anything until init_weights, and a tied head is another parameter."""
+    more = dict(s_position="gain") if norm.endswith("lns") else dict(tie_embeddings=norm == "pre")
     more |= dict(gate_init=0.3) if "gpas_" in norm else {}
     config = small(norm, qkv_bias=True, **more)
     torch.manual_seed(1)
@@ -622,6 +626,7 @@ def test_a_model_from_the_meta_device_starts_from_the_same_weights(norm):
     torch.manual_seed(1)
     model.init_weights(int(torch.randint(2**62, ())))
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert (model.lm_head.weight is model.embed_tokens.weight) == config.tie_embeddings
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="the default backend needs g++ on the CPU")
@@ -737,6 +742,26 @@ def test_default_sizes_are_the_papers():
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=12, n_embd=768, n_head=12, vocab_size=32000))
     assert round(model.count_params()["total"] / 1e6) == 134
+
+
+def test_blocks_that_a_user_has_replaced_or_used_twice():
+    """A block of one's own has no gate; one that stands twice has one gate, which is in the optimizer once."""
+    model = GPT(small("gpas_pre", n_layer=3))
+    model.blocks[0], model.blocks[2] = torch.nn.Linear(32, 32), model.blocks[1]
+    model(*batch(model.config))[1].backward()
+    gates = {g["name"]: g["params"] for g in model.optimizer_groups(0.1)}["gates"]
+    assert len(gates) == 1 and gates[0] is model.blocks[1].gate and gates[0].grad is not None
+    pruned = GPT(small("pre", n_layer=3))
+    pruned.blocks = pruned.blocks[:1]
+    assert pruned.flops_per_token() == GPT(small("pre", n_layer=1)).flops_per_token()
+
+
+@pytest.mark.parametrize("keep", ["input", "output"])
+def test_a_gate_for_each_dimension_gets_its_own_gradient(keep):
+    x, a = torch.randn(5, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    (kept,) = torch.autograd.grad(gpas(x, gate_scale(a), keep).sin().sum(), a)
+    (defined,) = torch.autograd.grad(gpas(x, gate_scale(a)).sin().sum(), a)
+    assert torch.equal(kept, defined) and len(kept.unique()) == 4
 
 
 def test_optimizer_groups():

@@ -15,6 +15,7 @@ import sys
 import types
 import warnings
 from unittest import mock
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -316,6 +317,11 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_offered(folder, tmp_path
     subprocess.run(offer.split(), check=True)
     assert call(*resume, cwd=folder).returncode == 0
     assert losses(tmp_path) == before
+    with ZipFile(path) as stored, ZipFile(tmp_path / "packed.pt", "w", ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(ValueError, match="packed.pt cannot be read: ValueError it is compressed"):
+        load_checkpoint(tmp_path / "packed.pt")
     (tmp_path / "ckpt_previous.pt").write_bytes(b"")
     path.write_bytes(b"")
     assert "ckpt_previous.pt cannot be read either" in call(*resume, cwd=folder).stderr
