@@ -69,6 +69,17 @@ def test_fold_at_every_position(norm, position):
     assert_folds(small(norm, norm_eps=1e-2, gpas_position=position, gate_per="sublayer"))
 
 
+def test_float32_gates_of_a_bfloat16_model_are_folded_as_its_blocks_round_them():
+    """1 - 0.1 is 0.8984375 in bfloat16, so that the gate 0.1015625, which needs no rounding, gives the same model."""
+    models = [GPT(small("gpas_pre", gpas_act="identity")).bfloat16() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, gate in zip(models, (0.1, 0.1015625)):
+        for block in model.blocks:
+            block.gate = torch.nn.Parameter(torch.tensor([gate]))
+    folded = [fold(model).state_dict() for model in models]
+    assert all(torch.equal(folded[0][name], folded[1][name]) for name in folded[0])
+
+
 @pytest.mark.parametrize("act", GPAS_ACTS)
 def test_fold_with_every_activation(act):
     assert_folds(small("gpas_mix", norm_eps=1e-2, gpas_act=act))
