@@ -1452,6 +1452,11 @@ def read_sweep(folder, settings, device):
         names = ["norm", *names]  # one scheme, over seeds
     for entry in runs:
         entry["settings"] = {name: entry["settings"].get(name) for name in names}
+    by_settings = {}
+    for entry in runs:
+        twin = by_settings.setdefault(tuple(entry["settings"].items()), entry)
+        if twin is not entry:
+            warnings.warn(f"{twin['name']} and {entry['name']} have the same settings, and both are counted")
     return runs
 
 

@@ -87,7 +87,7 @@ class Settings(GPTConfig):
     # data
     dataset: str = "stdlib"  # a folder in data_dir, or a path
     data_dir: str = "data"  # where prepare_data.py puts data sets
-    rows: Literal["windows", "documents"] = "windows"  # documents: one a row, cut, or padded (without loss)
+    rows: Literal["windows", "documents"] = "windows"  # documents: one a row, cut, or padded (no loss but the routers')
     batch_size: COUNT = 8  # sequences per process and micro-step
     gradient_accumulation_steps: COUNT = 2  # micro-steps per step, of the whole job: the processes share them
     # optimization: linear warm-up, cosine decay
@@ -157,6 +157,8 @@ class Settings(GPTConfig):
         for name in ("gates", "freeze_gates", "gate_clip", "float32_gates"):
             if getattr(self, name) and not has_gates:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect: norm {self.norm} has no gates")
+        if self.gate_clip and (self.freeze_gates or self.gates is not None):
+            warnings.warn("gate_clip has no effect: the gates are fixed")
         if self.float32_gates and self.dtype != "bfloat16_pure":
             raise ValueError(f"float32_gates has no effect with dtype={self.dtype}: it needs dtype=bfloat16_pure")
         if self.float32_gates and self.shard:
@@ -249,7 +251,8 @@ def train(checkpoint, data, setup, stop):
             folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
         text, record = describe_loss(loss, data)
         print(f"step {step:5d}: {text}")
-        streams = stream_report(model, *report_batch[:2], autocast)
+        with setup.without_compile():  # its hooks would be compiled too, and every step after it with them
+            streams = stream_report(model, *report_batch[:2], autocast)
         folder.log({"step": step, "tokens": tokens, **record, **streams})
         return loss, streams
 
@@ -331,7 +334,8 @@ def train(checkpoint, data, setup, stop):
     if report:
         print(picture(report))
     if data.tokenizer:
-        print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
+        with setup.without_compile():
+            print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
 
 
 @torch.no_grad()
@@ -351,7 +355,9 @@ def evaluate(model, data, setup, n):
         count += n_targets
     model.train()
     total, count = processes.sum(total, count)
-    return total / max(count, 1)
+    if not count:
+        raise UserError("no token of the held-out batches has a target: all are prompts, or cut before the answer")
+    return total / count
 
 
 def describe_model(model, data, setup):
@@ -426,7 +432,8 @@ def settings_of_run(given):
                 raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
         if given.get("eval_only") and "eval_iters" in given:
             of_run["last_eval_iters"] = None
-        if given.get("max_iters") is None and ("epochs" in given or "max_tokens" in given):  # a new length
+        new_length = given.get("epochs") is not None or given.get("max_tokens") is not None
+        if given.get("max_iters") is None and new_length:
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
     decided = [n for n in checkpoint["config"] if n != "rope_scaling"]  # where None is a value, no scaling
@@ -478,7 +485,8 @@ def sample_run(checkpoint, setup):
     if not checkpoint["tokenizer"]:
         raise UserError(f"the data of {setup.settings.out_dir} named no tokenizer: its tokens have no text")
     model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], setup)
-    print(write_sample(model, checkpoint["tokenizer"], setup.settings.sample, setup))
+    with setup.without_compile():
+        print(write_sample(model, checkpoint["tokenizer"], setup.settings.sample, setup))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,13 +504,21 @@ class Setup:
     use_compile: bool = False
 
     def autocast(self):
-        """The context in which a model computes."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+        """The context in which a model computes. A pass uses each weight once: autocast's cache would only keep the
+        bfloat16 copies of all of them to its end."""
+        if self.dtype != "bfloat16":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def without_compile(self):
+        """A context in which compiled blocks run as they are written."""
+        return torch.compiler.set_stance("force_eager") if self.use_compile else nullcontext()
 
 
 def set_up(settings, processes):
     """The Setup that the settings ask for and the machine has."""
-    if settings.gradient_accumulation_steps % processes.size:
+    is_training = not settings.eval_only and settings.sample is None
+    if is_training and settings.gradient_accumulation_steps % processes.size:
         n = settings.gradient_accumulation_steps
         raise UserError(f"gradient_accumulation_steps {n} cannot be shared by {processes.size} processes")
     if settings.shard and processes.size == 1:
@@ -583,11 +599,17 @@ def open_data(checkpoint, setup):
     val_data = TokenData(folder, "val", settings.block_size, vocab_size, rows=settings.rows)
     if settings.max_iters is None:  # of the settings this one alone waits for the data
         settings.max_iters = count_steps(settings, len(train_data))
-    sizes = {path: os.path.getsize(path) for part in (train_data, val_data) for path in part.paths}
+    shards = [*train_data.paths, *val_data.paths]
+    masks = [path.with_suffix(".mask") for path in shards if path.with_suffix(".mask").exists()]
+    sizes = {path: os.path.getsize(path) for path in shards + masks}
     if settings.init_from == "resume" and settings.dataset == checkpoint["settings"].get("dataset"):
         check_shards({folder / str(name): size for name, size in checkpoint["shards"].items()})
-        if new := {path.name for path in sizes} - checkpoint["shards"].keys() if checkpoint["shards"] else ():
+        if new := {path.name for path in shards} - checkpoint["shards"].keys() if checkpoint["shards"] else ():
             warnings.warn(f"{folder} has new shards, {sorted(new)[0]} the first: the data now come in another order")
+        size = "batch_size", "gradient_accumulation_steps"
+        before, now = (math.prod(of.get(name, 1) for name in size) for of in (checkpoint["settings"], vars(settings)))
+        if checkpoint["step"] and before != now:
+            warnings.warn(f"a step has {now} rows, {before} before: some of the data are skipped, or seen twice")
     bits_per_nat = None
     if meta:
         bits_per_nat = meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"] / math.log(2)
@@ -812,7 +834,7 @@ def timed(seconds):
 
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
+PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
 
 
 def print_step(record, model, times, setup):
@@ -1006,7 +1028,8 @@ class RunFolder:
     def end_where_not_finite(self, step, what, model, batches):
         """UserError, and a line in the log, that says where the first value that is not finite arises in a pass over
         the batches."""
-        where = self.setup.processes.first(first_non_finite(model, batches, self.setup.autocast))
+        with self.setup.without_compile():
+            where = self.setup.processes.first(first_non_finite(model, batches, self.setup.autocast))
         where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
         if self.saved_step is None:
             has_run = (self.path / "ckpt.pt").exists()
@@ -1211,7 +1234,7 @@ def connected_processes():
 
     Only rank 0 prints. The process that fails first says why; the others, which fail for want of it, end silently.
     """
-    processes = Processes()
+    processes, has_failed = Processes(), False
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             store, rank, size = next(iter(dist.rendezvous("env://")))
@@ -1226,6 +1249,7 @@ def connected_processes():
         # What DDP made must be gone before the connection is: in the other order the last reference to the connection
         # goes with it, and waits for a thread that waits for Python.
         traceback.clear_frames(error.__traceback__)
+        has_failed = isinstance(error, Exception)
         if processes.size > 1 and isinstance(error, Exception):
             if processes.store.add("an error is told", 1) > 1:
                 sys.exit(2)
@@ -1237,7 +1261,8 @@ def connected_processes():
                 ) from None
         raise
     finally:
-        if dist.is_initialized():
+        # The end of nccl waits for all processes: one that has failed alone says why and ends without it.
+        if dist.is_initialized() and not (has_failed and torch.cuda.is_available()):
             gc.collect()
             dist.destroy_process_group()
 
@@ -1291,7 +1316,7 @@ def activation_bytes(model, settings):
 
     blocks, inputs = model.blocks, 0
     if settings.recompute:  # every block's input in float32, and what one block keeps
-        model.blocks = blocks[-1:]
+        model.blocks = nn.ModuleList([max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))])
         inputs = 4 * settings.n_layer * settings.batch_size * settings.block_size * settings.n_embd
     with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
         params = {name: nn.Parameter(torch.empty(p.shape)) for name, p in model.named_parameters()}
@@ -1385,6 +1410,9 @@ def sweep(given, processes, stop):
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
+    others = {path.parent.name for path in folder.glob("*/ckpt.pt")}.difference(trial.folder.name for trial in trials)
+    if others:
+        warnings.warn(f"{folder} holds other runs too ({len(others)}), such as {min(others)}: analyze.py averages over all")
     folder.mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(folder, f"training the runs in {folder}"):
         train_trials(trials, stop)
@@ -1430,6 +1458,10 @@ def build_trial(folder, given):
         has_effect = field.name != "eval_iters" or settings.last_eval_iters is None
         if before != now and has_effect and field.name not in MAY_DIFFER:
             raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
+    was_finished = checkpoint["step"] >= of_run.get("max_iters", 2**63)
+    if was_finished and settings.lr_decay_iters is None and settings.max_iters > checkpoint["step"]:
+        more = "continue it by itself, or --overwrite starts all runs anew"
+        raise UserError(f"the run there ended at step {checkpoint['step']}, its learning rate has decayed: {more}")
     if not trial.outcome:
         trial.step, trial.loss = checkpoint["step"], checkpoint["val_loss"]
         trial.outcome = "finished" if trial.step >= settings.max_iters else ""

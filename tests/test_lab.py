@@ -87,6 +87,15 @@ def test_a_run_that_lacks_settings_hides_no_difference():
     assert analyze.differing([*trained, {"norm": "lns"}]) == ["norm", "learning_rate", "seed"]
 
 
+def test_two_runs_of_the_same_settings_are_told(tmp_path):
+    make_run(tmp_path / "a", 2.0, norm="pre", seed=1)
+    make_run(tmp_path / "a", 2.1, norm="lns", seed=1)
+    make_run(tmp_path / "b", 2.0, seed=1, norm="pre")
+    (tmp_path / "b" / "seed=1,norm=pre").rename(tmp_path / "a" / "seed=1,norm=pre")
+    with pytest.warns(match="norm=pre,seed=1 and seed=1,norm=pre have the same settings, and both are counted"):
+        analyze.read_sweep(tmp_path / "a", analyze.Settings([str(tmp_path)]), "cpu")
+
+
 def test_a_rate_at_which_runs_diverge_is_not_the_best():
     def entry(rate, seed, loss, state="finished"):
         return {"settings": {"norm": "pre", "learning_rate": rate, "seed": seed}, "state": state, "loss": loss}

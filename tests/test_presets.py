@@ -221,3 +221,13 @@ def test_activations_are_those_that_autograd_keeps():
     with torch.device("meta"):
         meta = GPT(config)
     assert train.activation_bytes(meta, settings) < 0.6 * sum(kept.values())
+
+
+def test_recomputed_memory_is_that_of_the_largest_block():
+    """The last layer is dense in a model of 4 layers, and has the experts in one of 3."""
+    sizes = dict(n_embd=64, n_expert=8, n_expert_active=4, moe_every=2, batch_size=4, recompute=True)
+    settings = [train.Settings(n_layer=n, **sizes) for n in (3, 4)]
+    with torch.device("meta"):
+        bytes_of = [train.activation_bytes(GPT(s.architecture(257)), s) for s in settings]
+    one_input = 4 * 4 * 256 * 64
+    assert bytes_of[1] == bytes_of[0] + one_input

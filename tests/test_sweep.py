@@ -106,6 +106,12 @@ def test_what_is_finished_or_diverged_is_not_repeated(swept):
     done = call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", cwd=swept)
     assert (done.returncode, done.stdout) == (0, (swept / "stdout").read_text())
     assert files(swept / "out-sweep") == before
+    other = swept / "out-sweep" / "norm=lns" / "ckpt.pt"
+    other.parent.mkdir()
+    other.touch()
+    with pytest.warns(match="out-sweep holds other runs too .1., such as norm=lns: analyze.py averages over all"):
+        assert call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", cwd=swept).returncode == 0
+    shutil.rmtree(other.parent)
 
 
 def test_other_settings_than_those_of_the_run_in_the_folder(swept):
@@ -113,6 +119,14 @@ def test_other_settings_than_those_of_the_run_in_the_folder(swept):
     done = call("tiny.py", "--norm=pre,gpas_pre", "--learning_rate=1e-3,1e38", "--weight_decay=0.5", cwd=swept)
     assert done.returncode == 2
     assert "weight_decay 0.1, not 0.5; --overwrite" in done.stderr and NAMES[0] in done.stderr
+    assert files(swept / "out-sweep") == before
+
+
+def test_a_longer_schedule_than_that_of_a_finished_run(swept):
+    """Its learning rate has decayed: the average would be over runs of two schedules."""
+    before = files(swept / "out-sweep")
+    done = call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", "--max_iters=8", cwd=swept)
+    assert done.returncode == 2 and "the run there ended at step 4, its learning rate has decayed" in done.stderr
     assert files(swept / "out-sweep") == before
 
 

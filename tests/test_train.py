@@ -396,6 +396,8 @@ def test_new_shards_change_the_order_of_a_run(folder, tmp_path):
     shutil.copy(tmp_path / "train_000000.bin", tmp_path / "train_000001.bin")
     with pytest.warns(match="has new shards, train_000001.bin the first: the data now come in another order"):
         assert call(*args, "--max_iters=3", "--init_from=resume", cwd=folder).returncode == 0
+    with pytest.warns(match="a step has 16 rows, 8 before: some of the data are skipped, or seen twice"):
+        call(*args, "--max_iters=3", "--init_from=resume", "--gradient_accumulation_steps=4", cwd=folder)
 
 
 def test_weights_that_overflow_keep_the_last_good_checkpoint(folder):
@@ -618,9 +620,10 @@ def test_a_length_in_epochs(examples, tmp_path):
         ([f"--max_tokens={(rows(1.5) + 1) * 8 * 32}"], rows(1.5) + 1),
         (["--epochs=2"], rows(2)),
         (["--epochs=9", f"--max_iters={rows(2) + 2}"], rows(2) + 2),
-        ([], rows(2) + 2),
+        (["--epochs=none"], rows(2) + 2),
     ):
         assert call(*resume, *given, cwd=examples).returncode == 0 and length() == steps
+    assert "train_000000.mask" in train.open_checkpoint(tmp_path)["shards"]  # watched too: a mask is mapped as well
     done = call(*args, "--epochs=3", "--dry_run", cwd=examples)
     assert done.returncode == 0 and f"  {rows(3)} steps of 256 tokens" in done.stdout
     done = call(*args, "--epochs=3", "--dry_run", "--rows=windows", "--dataset=d", cwd=examples)
@@ -1090,6 +1093,49 @@ def test_data_of_another_tokenizer(folder, tmp_path):
 
 
 # -- its parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_blocks_run_as_written_where_hooks_look_on():
+    """Hooks that are compiled with a block would stay in every step after it."""
+    model, compiled = GPT(GPTConfig(n_layer=2, n_embd=16, n_head=2, block_size=8)), []
+    for block in model.blocks:
+        block.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    x = torch.zeros(1, 8, dtype=torch.long)
+    setup = train.Setup(train.Settings(), train.Processes(), torch.device("cpu"), "float32", use_compile=True)
+    with setup.without_compile():
+        train.stream_report(model, x, x, setup.autocast)
+    assert not compiled
+    model(x)
+    assert compiled
+
+
+def test_autocast_keeps_no_copies_of_the_weights():
+    setup = train.Setup(train.Settings(), train.Processes(), torch.device("cpu"), "bfloat16")
+    with setup.autocast():
+        assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
+
+
+def test_held_out_batches_without_targets_are_an_error():
+    class AllPrompts:
+        __len__ = lambda self: 4
+        rows = lambda self, first, n: (np.zeros((n, 8), dtype=np.int64), np.full((n, 8), -100))
+
+    setup = train.Setup(train.Settings(batch_size=2), train.Processes(), torch.device("cpu"), "float32")
+    with pytest.raises(configurator.UserError, match="no token of the held-out batches has a target"):
+        train.evaluate(GPT(GPTConfig(n_layer=1, n_embd=16, n_head=2, block_size=8)), AllPrompts(), setup, 2)
+
+
+def test_fixed_gates_need_no_clipping():
+    for fixed in (dict(freeze_gates=True), dict(gates="0.1")):
+        with pytest.warns(match="gate_clip has no effect: the gates are fixed"):
+            train.Settings(norm="gpas_pre", gate_clip=0.01, **fixed)
+
+
+def test_processes_that_do_not_train_need_not_share_steps():
+    two = train.Processes(size=2)
+    with pytest.raises(configurator.UserError, match="gradient_accumulation_steps 1 cannot be shared by 2"):
+        train.set_up(train.Settings(gradient_accumulation_steps=1, device="cpu"), two)
+    train.set_up(train.Settings(gradient_accumulation_steps=1, device="cpu", eval_only=True), two)
 
 
 def test_learning_rate_by_hand():
