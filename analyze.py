@@ -745,15 +745,13 @@ def multiple_choice(model, questions, encoding):
     harness's tokenization (of prompt and choice as one text, the white space between them with the choice) and its cut
     of the left end where they exceed the block size. An empty prompt is the start of a document.
     """
-    L, block_size, device = len(model.blocks), model.config.block_size, model.lm_head.weight.device
+    L, device = len(model.blocks), model.lm_head.weight.device
     correct, correct_undivided, n = zeros(model, L + 1), 0, 0  # correct: with all layers, then without layer 1, 2 ...
     with evaluation(model):
         for prompts, choices, answer in map(unpack, questions):
-            rows = [encode_choice(encoding, block_size, *pair) for pair in zip(prompts, choices)]
+            rows = [encode_choice(encoding, model.config, *pair) for pair in zip(prompts, choices)]
             idx, targets = zip(*rows)
             idx = pad_sequence(idx, batch_first=True).to(device)  # at the right end: not seen before
-            if idx.max() >= model.config.vocab_size:
-                raise UserError(f"a question holds token {idx.max()}; the model knows {model.config.vocab_size} tokens")
             targets = pad_sequence(targets, batch_first=True, padding_value=-100).to(device)
             states = Trace(model, idx, targets).states
             ends = [states[-1], *(apply(model.blocks[l + 1 :], states[l]) for l in range(L))]
@@ -768,13 +766,16 @@ def multiple_choice(model, questions, encoding):
     return {"accuracy": accuracy[0].item(), "acc": acc, "score_drop": accuracy[0] - accuracy[1:], "n_questions": n}
 
 
-def encode_choice(encoding, block_size, prompt, choice):
-    """(idx, targets) of a choice after its prompt, (T): the targets are the choice's tokens, -100 before them."""
+def encode_choice(encoding, config, prompt, choice):
+    """(idx, targets) of a choice after its prompt, (T): the targets are the choice's tokens, -100 before them.
+    UserError for what a model of this GPTConfig cannot read."""
     before = prepare_data.encode(encoding, prompt.rstrip()).tolist()
     after = prepare_data.encode(encoding, prompt + " " + choice).tolist()[len(before) :]
-    if len(after) > block_size:
-        raise UserError(f"choice {choice[:40]!r} has {len(after)} tokens, more than the block size {block_size}")
-    ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(block_size + 1) :])
+    if len(after) > config.block_size:
+        raise UserError(f"choice {choice[:40]!r} has {len(after)} tokens, more than the block size {config.block_size}")
+    ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(config.block_size + 1) :])
+    if ids.max() >= config.vocab_size:
+        raise UserError(f"a question holds token {ids.max()}; the model knows {config.vocab_size} tokens")
     targets = ids[1:].clone()
     targets[: len(targets) - len(after)] = -100
     return ids[:-1], targets
@@ -973,9 +974,9 @@ def load_run(out_dir, device="cpu"):
         if not all(type(checkpoint["settings"].get(name)) is str for name in ("dataset", "data_dir")):
             raise ValueError("its settings name no data set")
         if type(checkpoint["settings"].get("max_iters", 0)) is not int:
-            raise ValueError("its max_iters is no number of steps")
+            raise ValueError("its max_iters is not a whole number")
         if type(checkpoint.get("val_loss", 0.0)) not in (float, type(None)):
-            raise ValueError("its val_loss is no number")
+            raise ValueError("its val_loss is not a number")
     except Exception as error:  # an edited file can hold anything
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise UserError(f"the checkpoint of {out_dir} cannot be read: {reason}") from None
@@ -1042,7 +1043,7 @@ def check_runs(out_dirs, settings):
             raise UserError(f"usefulness: {n_tokens} tokens cannot fit a map of {config.n_embd} dimensions and a bias")
         for prompts, choices, _ in map(unpack, data.get("choices", ())):
             for prompt, choice in zip(prompts, choices):
-                encode_choice(options["choices"]["encoding"], config.block_size, prompt, choice)
+                encode_choice(options["choices"]["encoding"], config, prompt, choice)
         read_log(run_folder(out_dir) / "log.jsonl")
         dense += [out_dir] * (not config.n_expert)
     if "experts" in settings.metrics.split(","):
@@ -1174,10 +1175,8 @@ def line_styles(names):
 
 def grid(n, n_columns, width, height):
     """A figure of n axes, width x height inches each, in rows of n_columns, and the axes."""
-    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["text.parse_math"] = False  # a folder's name may hold $
     n_rows, n_columns = math.ceil(n / n_columns), min(n, n_columns)
     fig = Figure(figsize=(width * n_columns, height * n_rows + 0.5), layout="constrained")
     return fig, [fig.add_subplot(n_rows, n_columns, i + 1) for i in range(n)]
@@ -1195,12 +1194,14 @@ def legend(fig, axes):
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels())}
     if len(handles) > 1:
         columns = min(len(handles), 4 if len(handles) <= 12 else 8)
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+        box = fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+        for text in box.get_texts():
+            text.set_parse_math(False)  # a folder's name may hold $, which is no formula
 
 
 def save(fig, path, title):
     """Writes the figure and says so."""
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title, fontsize=10, parse_math=False)
     fig.savefig(path, dpi=110)
     print(f"wrote {path}")
 
@@ -1247,7 +1248,7 @@ def draw_maps(path, title, maps, xlabel, ylabel, n_columns=3):
         n, m = matrix.shape
         options = {"extent": (0.5, m + 0.5, n + 0.5, 0.5), "aspect": "auto", "interpolation": "nearest"}
         drawn = axis.imshow(matrix.cpu().numpy(), vmin=0, vmax=highest, **options)
-        axis.set_title(name, fontsize=8)
+        axis.set_title(name, fontsize=8, parse_math=False)
         label(axis, xlabel, ylabel)
         axis.grid(False)
         axis.locator_params(integer=True)
@@ -1350,7 +1351,7 @@ def logged(log, key):
     try:
         values = torch.tensor([record[key] for record in records], dtype=torch.float64)
     except (ValueError, TypeError):
-        raise UserError(f"the values of {key} in a log are no numbers, or not equally many in each line") from None
+        raise UserError(f"the log's values of {key} are not numbers, or not as many in each line") from None
     return [record["step"] for record in records], values
 
 
@@ -1421,7 +1422,8 @@ def read_sweep(folder, settings, device):
         check_runs(run_dirs, settings)
     for run_dir in run_dirs:
         model, checkpoint = load_run(run_dir, device)
-        given, log = checkpoint["config"] | checkpoint["settings"], read_log(run_dir / "log.jsonl")
+        given = vars(model.config) | checkpoint["settings"]  # model.config has what older runs did not save
+        log = read_log(run_dir / "log.jsonl")
         columns, totals, curves = {}, {}, {}
         state = "finished" if checkpoint["step"] >= given.get("max_iters", 0) else "unfinished"
         if any("diverged" in record for record in log):
@@ -1456,7 +1458,8 @@ def read_sweep(folder, settings, device):
     for entry in runs:
         twin = by_settings.setdefault(tuple(entry["settings"].items()), entry)
         if twin is not entry:
-            warnings.warn(f"{twin['name']} and {entry['name']} have the same settings, and both are counted")
+            both = f"{twin['name']} and {entry['name']}"
+            warnings.warn(f"{both} do not differ in any setting that is compared: both are counted")
     return runs
 
 
@@ -1480,8 +1483,7 @@ def by_group(runs, without=("seed",)):
         key = tuple((name, value) for name, value in entry["settings"].items() if name not in without)
         groups.setdefault(key, []).append(entry)
 
-
-    def place(value):  # numbers first, then texts, true and false, none
+    def place(value):  # numbers first, then none, true and false, texts
         return ("" if type(value) in (int, float) else str(type(value))), value
 
     return dict(sorted(groups.items(), key=lambda item: [place(value) for _, value in item[0]]))

@@ -764,7 +764,8 @@ class MoE(nn.Module):
 
     def __getstate__(self):
         """For copy.deepcopy, which refuses the losses of the last step while they hang on its graph."""
-        return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        state = super().__getstate__()
+        return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
 class Experts(nn.Module):
@@ -958,7 +959,8 @@ def mistakes(config):
     kinds = c.norm_type, *(c.qk_norm_type or c.norm_type for _ in qk_widths)
     for kind, width in zip(kinds, (c.n_embd, *qk_widths)):
         if kind == "groupnorm" and (width % c.norm_groups or width == c.norm_groups):
-            yield f"norm_groups {c.norm_groups} does not divide the width {width} of a norm into groups of 2 or more"
+            what = f"norm_groups {c.norm_groups} does not divide the width {width} of a norm"
+            yield f"{what} into equal groups of at least 2"
 
     # A setting that nothing reads, but that is not at its default, is a misunderstanding.
     scheme, gated = find_scheme(c.norm)

@@ -251,8 +251,7 @@ def train(checkpoint, data, setup, stop):
             folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
         text, record = describe_loss(loss, data)
         print(f"step {step:5d}: {text}")
-        with setup.without_compile():  # its hooks would be compiled too, and every step after it with them
-            streams = stream_report(model, *report_batch[:2], autocast)
+        streams = stream_report(model, *report_batch[:2], setup)
         folder.log({"step": step, "tokens": tokens, **record, **streams})
         return loss, streams
 
@@ -281,7 +280,7 @@ def train(checkpoint, data, setup, stop):
             n_targets = processes.sum(sum(n for *_, n in batches))[0]
             loss = 0
             if not n_targets:
-                raise UserError(f"no token of step {step} has a target: all are prompts, or cut before the answer")
+                raise UserError(f"step {step} has no token to predict: all are prompts, or cut off before the answer")
             for i, (x, y, n) in enumerate(batches):
                 net.require_backward_grad_sync = i == len(batches) - 1  # DDP exchanges gradients once a step
                 with autocast():
@@ -334,8 +333,7 @@ def train(checkpoint, data, setup, stop):
     if report:
         print(picture(report))
     if data.tokenizer:
-        with setup.without_compile():
-            print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
+        print("a sample:\n" + write_sample(model, data.tokenizer, "", setup))
 
 
 @torch.no_grad()
@@ -356,7 +354,7 @@ def evaluate(model, data, setup, n):
     model.train()
     total, count = processes.sum(total, count)
     if not count:
-        raise UserError("no token of the held-out batches has a target: all are prompts, or cut before the answer")
+        raise UserError("the held-out batches have no token to predict: all are prompts, or cut off before the answer")
     return total / count
 
 
@@ -485,8 +483,7 @@ def sample_run(checkpoint, setup):
     if not checkpoint["tokenizer"]:
         raise UserError(f"the data of {setup.settings.out_dir} named no tokenizer: its tokens have no text")
     model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], setup)
-    with setup.without_compile():
-        print(write_sample(model, checkpoint["tokenizer"], setup.settings.sample, setup))
+    print(write_sample(model, checkpoint["tokenizer"], setup.settings.sample, setup))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,14 +501,15 @@ class Setup:
     use_compile: bool = False
 
     def autocast(self):
-        """The context in which a model computes. A pass uses each weight once: autocast's cache would only keep the
-        bfloat16 copies of all of them to its end."""
+        """The context in which a model computes. A training pass uses each weight once, so a cache would save no work:
+        it would only keep the bfloat16 copies of all weights until the end of the pass."""
         if self.dtype != "bfloat16":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def without_compile(self):
-        """A context in which compiled blocks run as they are written."""
+        """A context in which compiled blocks run as they are written. Hooks would be compiled with a block, and stay in
+        every later step; a text that grows would be compiled again and again."""
         return torch.compiler.set_stance("force_eager") if self.use_compile else nullcontext()
 
 
@@ -575,7 +573,7 @@ class Data:
     config: GPTConfig  # the model's, with this data set's vocabulary
     tokenizer: dict | None  # prepare_data.tokenizer_state; None if it is not known
     bits_per_nat: float | None  # bits per byte of the text for each nat of loss; None if the bytes are not known
-    sizes: dict  # {path: bytes} of the shards
+    sizes: dict  # {path: bytes} of the shards and their masks
 
 
 def open_data(checkpoint, setup):
@@ -608,8 +606,9 @@ def open_data(checkpoint, setup):
             warnings.warn(f"{folder} has new shards, {sorted(new)[0]} the first: the data now come in another order")
         size = "batch_size", "gradient_accumulation_steps"
         before, now = (math.prod(of.get(name, 1) for name in size) for of in (checkpoint["settings"], vars(settings)))
-        if checkpoint["step"] and before != now:
-            warnings.warn(f"a step has {now} rows, {before} before: some of the data are skipped, or seen twice")
+        if checkpoint["step"] and before != now and not settings.eval_only:
+            what = f"a step now has {now} rows, and had {before}"
+            warnings.warn(f"{what}: the run skips some of the data, or sees some twice")
     bits_per_nat = None
     if meta:
         bits_per_nat = meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"] / math.log(2)
@@ -873,7 +872,7 @@ def picture(report, width=40):
     return "\n".join(lines)
 
 
-def stream_report(model, x, y, autocast):
+def stream_report(model, x, y, setup):
     """What training does to the stream, on one batch x, y (B, T). Of each layer, a list:
 
     variance        of the residual state after it, over the hidden dimensions, mean over tokens (Sparsity Eq. 4)
@@ -915,7 +914,7 @@ def stream_report(model, x, y, autocast):
             residual = getattr(block, f"{name}_residual")
             hooks.append(residual.branch_out.register_forward_hook(partial(see_branch, name)))
     model.eval()
-    with autocast():
+    with setup.without_compile(), setup.autocast():
         loss = model(x, y)[1]
     for hook in hooks:
         hook.remove()  # before the backward pass, in which recomputed blocks run again
@@ -945,7 +944,7 @@ def write_sample(model, tokenizer, prompt, setup):
     ids = [encoding.eot_token, *map(int, prepare_data.encode(encoding, prompt))]
     if max(ids) >= model.config.vocab_size:
         raise UserError(f"the prompt holds token {max(ids)}, the model knows {model.config.vocab_size}")
-    with setup.autocast():
+    with setup.without_compile(), setup.autocast():
         idx = torch.tensor([ids], device=setup.device)
         if not model(idx[:, -1:])[0].isfinite().all():
             raise UserError("the model's logits are not finite: it cannot be sampled")
@@ -1028,8 +1027,7 @@ class RunFolder:
     def end_where_not_finite(self, step, what, model, batches):
         """UserError, and a line in the log, that says where the first value that is not finite arises in a pass over
         the batches."""
-        with self.setup.without_compile():
-            where = self.setup.processes.first(first_non_finite(model, batches, self.setup.autocast))
+        where = self.setup.processes.first(first_non_finite(model, batches, self.setup))
         where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
         if self.saved_step is None:
             has_run = (self.path / "ckpt.pt").exists()
@@ -1125,7 +1123,7 @@ def flat(record):
 # Faults
 
 
-def first_non_finite(model, batches, autocast):
+def first_non_finite(model, batches, setup):
     """In words, where the first non-finite value of a forward and backward pass over `batches` arises; None if nowhere.
 
     Hooks see each module's output as it is computed, the innermost first, and then the gradients in their order. No
@@ -1147,7 +1145,7 @@ def first_non_finite(model, batches, autocast):
         check(f"the parameter {name}", p)
     hooks = [module.register_forward_hook(partial(see, name)) for name, module in model.named_modules() if name]
     for x, y, _ in batches:
-        with autocast():
+        with setup.without_compile(), setup.autocast():
             loss = model(x, y)[1]
         check("the loss", loss)
         loss.backward()
@@ -1249,8 +1247,8 @@ def connected_processes():
         # What DDP made must be gone before the connection is: in the other order the last reference to the connection
         # goes with it, and waits for a thread that waits for Python.
         traceback.clear_frames(error.__traceback__)
-        has_failed = isinstance(error, Exception)
-        if processes.size > 1 and isinstance(error, Exception):
+        has_failed = processes.size > 1 and isinstance(error, Exception)
+        if has_failed:
             if processes.store.add("an error is told", 1) > 1:
                 sys.exit(2)
             if isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
@@ -1261,7 +1259,7 @@ def connected_processes():
                 ) from None
         raise
     finally:
-        # The end of nccl waits for all processes: one that has failed alone says why and ends without it.
+        # Closing nccl waits for all processes: after an error, which may be of this one alone, it is left open.
         if dist.is_initialized() and not (has_failed and torch.cuda.is_available()):
             gc.collect()
             dist.destroy_process_group()
@@ -1412,7 +1410,7 @@ def sweep(given, processes, stop):
 
     others = {path.parent.name for path in folder.glob("*/ckpt.pt")}.difference(trial.folder.name for trial in trials)
     if others:
-        warnings.warn(f"{folder} holds other runs too ({len(others)}), such as {min(others)}: analyze.py averages over all")
+        warnings.warn(f"{folder} also holds runs not of this sweep, such as {min(others)}: analyze.py counts them too")
     folder.mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(folder, f"training the runs in {folder}"):
         train_trials(trials, stop)
@@ -1459,9 +1457,11 @@ def build_trial(folder, given):
         if before != now and has_effect and field.name not in MAY_DIFFER:
             raise UserError(f"the run there has {field.name} {before}, not {now}; --overwrite starts all runs anew")
     was_finished = checkpoint["step"] >= of_run.get("max_iters", 2**63)
-    if was_finished and settings.lr_decay_iters is None and settings.max_iters > checkpoint["step"]:
-        more = "continue it by itself, or --overwrite starts all runs anew"
-        raise UserError(f"the run there ended at step {checkpoint['step']}, its learning rate has decayed: {more}")
+    decays = settings.lr_decay_iters is None and settings.min_lr != settings.learning_rate
+    if was_finished and decays and settings.max_iters > checkpoint["step"]:
+        where = f"the run there has ended at step {checkpoint['step']}, and its learning rate has fallen to its end"
+        more = "continue it alone with --init_from=resume, or give --overwrite to start all runs anew"
+        raise UserError(f"{where}: {more}")
     if not trial.outcome:
         trial.step, trial.loss = checkpoint["step"], checkpoint["val_loss"]
         trial.outcome = "finished" if trial.step >= settings.max_iters else ""

@@ -87,12 +87,25 @@ def test_a_run_that_lacks_settings_hides_no_difference():
     assert analyze.differing([*trained, {"norm": "lns"}]) == ["norm", "learning_rate", "seed"]
 
 
+def test_a_run_that_was_saved_before_a_setting_existed(tmp_path):
+    """It had what is now the setting's default, which tells it apart from the others."""
+    make_run(tmp_path, 2.0, norm="lns", seed=1)
+    make_run(tmp_path, 2.1, norm="lns", seed=2, s_position="branch")
+    path = tmp_path / "norm=lns,seed=1" / "ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    for of_run in (state["config"], state["settings"]):
+        del of_run["s_position"]
+    torch.save(state, path)
+    runs = analyze.read_sweep(tmp_path, analyze.Settings([str(tmp_path)]), "cpu")
+    assert [entry["settings"]["s_position"] for entry in runs] == ["norm", "branch"]
+
+
 def test_two_runs_of_the_same_settings_are_told(tmp_path):
     make_run(tmp_path / "a", 2.0, norm="pre", seed=1)
     make_run(tmp_path / "a", 2.1, norm="lns", seed=1)
     make_run(tmp_path / "b", 2.0, seed=1, norm="pre")
     (tmp_path / "b" / "seed=1,norm=pre").rename(tmp_path / "a" / "seed=1,norm=pre")
-    with pytest.warns(match="norm=pre,seed=1 and seed=1,norm=pre have the same settings, and both are counted"):
+    with pytest.warns(match="norm=pre,seed=1 and seed=1,norm=pre do not differ in any setting that is compared: both are counted"):
         analyze.read_sweep(tmp_path / "a", analyze.Settings([str(tmp_path)]), "cpu")
 
 
@@ -165,6 +178,23 @@ def test_figures(sweep, monkeypatch, capsys):
         assert f"wrote {sweep}/{name}.svg" in out
         text = (sweep / f"{name}.svg").read_text()
         assert text.lstrip().startswith("<?xml") and len(text) < 150_000
+
+
+def test_only_names_hold_no_formulas(tmp_path, monkeypatch):
+    """A folder's name may hold $; the numbers of a logarithmic axis are formulas."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda fig, *_, **__: figures.append(fig))
+    x = torch.arange(1, 5)
+    lines = {"a$b": (x, 10.0**x), "c$^d": (x, 10.0**x)}
+    analyze.draw_lines(tmp_path / "lines.svg", "x$^y", "layer", {"variance": lines})
+    analyze.draw_maps(tmp_path / "maps.svg", "x$^y", {"c$^d": torch.eye(3)}, "layer", "layer")
+    for fig in figures:
+        fig.draw_without_rendering()
+        names = [fig._suptitle, *(text for box in fig.legends for text in box.get_texts()), fig.axes[0].title]
+        assert not any(text.get_parse_math() for text in names if "$" in text.get_text())
+    ticks = figures[0].axes[0].get_yticklabels()
+    assert any("$" in tick.get_text() for tick in ticks) and all(tick.get_parse_math() for tick in ticks)
 
 
 def test_what_is_not_finite_is_null_in_json():

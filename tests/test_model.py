@@ -457,7 +457,7 @@ def test_lns_with_scaled_initialization_warns():
         (dict(norm="olmo_init", init_variance=2.0), "it needs another init"),
         (dict(norm="lns", s_position="gain", norm_affine=False), "it needs an s_position other than gain"),
         (dict(norm="group", norm_groups=5), "norm_groups 5 does not divide the width 32"),
-        (dict(norm="group", norm_groups=32), "norm_groups 32 does not divide the width 32 of a norm into groups of 2"),
+        (dict(norm="group", norm_groups=32), "norm_groups 32 does not divide the width 32 of a norm into equal groups of"),
         (dict(norm="pre", branch_scale="rezero"), "unknown branch_scale 'rezero'; known: none, skipinit, layerscale"),
         (dict(norm="pre", init="he"), "unknown init 'he'; known: normal, scaled"),
         (dict(norm="pre", init_variance=-1.0), "init_variance is -1.0"),

@@ -1,6 +1,7 @@
 """The mixture of experts and grouped-query attention against plain loops, other libraries and hand-computed numbers."""
 
 import argparse
+import copy
 import math
 
 import pytest
@@ -346,6 +347,17 @@ def test_the_papers_models(sizes, total, active):
 def test_mistakes(options, message):
     with pytest.raises(ValueError, match=message):
         small("pre", **options)
+
+
+def test_a_copy_after_a_step():
+    """The losses of the last step hang on its graph; and a compiled module calls itself, its copy must not call it too."""
+    moe, x = randomized(moe_config()).blocks[0].mlp, torch.randn(1, 8, 32)
+    (moe(x).sum() + moe.balance_loss).backward()
+    moe.compile(backend="eager")
+    twin = copy.deepcopy(moe)
+    assert torch.equal(twin(x), moe(x)) and twin.balance_loss.item() == moe.balance_loss.item()
+    torch.nn.init.zeros_(twin.experts.down_proj)
+    assert not twin(x).any() and moe(x).all()
 
 
 # -- grouped-query attention --------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_what_is_finished_or_diverged_is_not_repeated(swept):
     other = swept / "out-sweep" / "norm=lns" / "ckpt.pt"
     other.parent.mkdir()
     other.touch()
-    with pytest.warns(match="out-sweep holds other runs too .1., such as norm=lns: analyze.py averages over all"):
+    with pytest.warns(match="out-sweep also holds runs not of this sweep, such as norm=lns: analyze.py counts them too"):
         assert call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", cwd=swept).returncode == 0
     shutil.rmtree(other.parent)
 
@@ -122,11 +122,22 @@ def test_other_settings_than_those_of_the_run_in_the_folder(swept):
     assert files(swept / "out-sweep") == before
 
 
+def test_a_finished_run_of_a_constant_rate_goes_on(swept, tmp_path):
+    """Its schedule does not depend on its length."""
+    shutil.copytree(swept / "out-sweep" / NAMES[0], tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    state["settings"]["min_lr"] = state["settings"]["learning_rate"]
+    torch.save(state, tmp_path / "run" / "ckpt.pt")
+    given = state["settings"] | {"overwrite": False, "out_dir": str(tmp_path / "run"), "data_dir": str(swept / "data")}
+    assert train.build_trial(tmp_path / "run", given).outcome == "finished"
+    assert train.build_trial(tmp_path / "run", given | {"max_iters": 5}).outcome == ""
+
+
 def test_a_longer_schedule_than_that_of_a_finished_run(swept):
     """Its learning rate has decayed: the average would be over runs of two schedules."""
     before = files(swept / "out-sweep")
     done = call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", "--max_iters=8", cwd=swept)
-    assert done.returncode == 2 and "the run there ended at step 4, its learning rate has decayed" in done.stderr
+    assert done.returncode == 2 and "has ended at step 4, and its learning rate has fallen to its end" in done.stderr
     assert files(swept / "out-sweep") == before
 
 

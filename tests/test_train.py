@@ -396,8 +396,11 @@ def test_new_shards_change_the_order_of_a_run(folder, tmp_path):
     shutil.copy(tmp_path / "train_000000.bin", tmp_path / "train_000001.bin")
     with pytest.warns(match="has new shards, train_000001.bin the first: the data now come in another order"):
         assert call(*args, "--max_iters=3", "--init_from=resume", cwd=folder).returncode == 0
-    with pytest.warns(match="a step has 16 rows, 8 before: some of the data are skipped, or seen twice"):
+    with pytest.warns(match="a step now has 16 rows, and had 8: the run skips some of the data, or sees some twice"):
         call(*args, "--max_iters=3", "--init_from=resume", "--gradient_accumulation_steps=4", cwd=folder)
+    with warnings.catch_warnings(action="error"):  # an evaluation takes no step
+        resume = "--eval_only", "--init_from=resume", "--gradient_accumulation_steps=4"
+        assert call(*args, "--max_iters=3", *resume, cwd=folder).returncode == 0
 
 
 def test_weights_that_overflow_keep_the_last_good_checkpoint(folder):
@@ -532,7 +535,7 @@ def test_a_step_without_targets_is_an_error(folder, tmp_path):
 
     with mock.patch.object(train, "TokenData", Prompts):
         done = call(*SMALL, *SHORT, f"--out_dir={tmp_path}", cwd=folder)
-    assert done.returncode == 2 and "no token of step 0 has a target" in done.stderr
+    assert done.returncode == 2 and "step 0 has no token to predict" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -1102,8 +1105,7 @@ def test_compiled_blocks_run_as_written_where_hooks_look_on():
         block.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
     x = torch.zeros(1, 8, dtype=torch.long)
     setup = train.Setup(train.Settings(), train.Processes(), torch.device("cpu"), "float32", use_compile=True)
-    with setup.without_compile():
-        train.stream_report(model, x, x, setup.autocast)
+    train.stream_report(model, x, x, setup)
     assert not compiled
     model(x)
     assert compiled
@@ -1121,7 +1123,7 @@ def test_held_out_batches_without_targets_are_an_error():
         rows = lambda self, first, n: (np.zeros((n, 8), dtype=np.int64), np.full((n, 8), -100))
 
     setup = train.Setup(train.Settings(batch_size=2), train.Processes(), torch.device("cpu"), "float32")
-    with pytest.raises(configurator.UserError, match="no token of the held-out batches has a target"):
+    with pytest.raises(configurator.UserError, match="the held-out batches have no token to predict"):
         train.evaluate(GPT(GPTConfig(n_layer=1, n_embd=16, n_head=2, block_size=8)), AllPrompts(), setup, 2)
 
 
@@ -1153,7 +1155,8 @@ def test_stream_report_by_hand():
     torch.nn.init.constant_(model.blocks[1].gate, 0.3)
     torch.nn.init.uniform_(model.blocks[2].attn_residual.out_norm.weight, 0.5, 2.0)
     x = torch.randint(0, 11, (2, 8))
-    report = train.stream_report(model, x, x, contextlib.nullcontext)
+    setup = train.Setup(train.Settings(), train.Processes(), torch.device("cpu"), "float32")
+    report = train.stream_report(model, x, x, setup)
     variance = lambda h: ((h - h.mean(-1, keepdim=True)) ** 2).mean().item()
     names = "variance", "magnitude", "largest", "kurtosis", "attn_variance", "mlp_variance"
     h, expected, values = model.embed_tokens(x), {n: [] for n in names}, []
