@@ -50,6 +50,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from unittest.mock import patch
 
@@ -337,7 +338,7 @@ class Attention:
 
     def __init__(self, model, map_size=256):
         L, H = len(model.blocks), model.config.n_head
-        self.map_size, self.maps = map_size, None
+        self.maps = zeros(model, L, H, map_size, map_size)
         self.below, self.entropy = zeros(model, 3, L, H), zeros(model, L, H)
         self.n = self.n_queries = self.n_causal = self.n_all = 0  # sequences, rows of A, entries j <= i, all entries
 
@@ -347,10 +348,7 @@ class Attention:
         self.n_queries += B * T
         self.n_causal += B * T * (T + 1) // 2
         self.n_all += B * T**2
-        P = min(T, self.map_size)
-        if self.maps is None:
-            self.maps = zeros(trace.model, *self.entropy.shape, P, P)
-        P = min(P, self.maps.shape[-1])
+        P = min(T, self.maps.shape[-1])
         self.maps = self.maps[..., :P, :P]  # the positions that all batches so far have
         for l, layer in enumerate(trace.inside):
             if "attention" not in layer:
@@ -473,7 +471,7 @@ def weights(model, batches=None):
         result[f"{name}_out_gain"] = torch.tensor([math.nan if g is None else g.double().mean().item() for g in gains])
     if model.gates():
         result["gates"] = torch.stack(model.gates())
-        result["gate_scale"] = torch.stack([gate_scale(block.gate, block.gpas_act) for block in blocks])
+        result["gate_scale"] = gate_scale(result["gates"], model.config.gpas_act)
     for kind, least in (("matrices", 2), ("all", 0)):
         chosen = [p for p in model.parameters() if p.dim() >= least]
         count = [sum((p.abs() < e).sum().item() for p in chosen) for e in WEIGHT_THRESHOLDS]
@@ -631,8 +629,7 @@ def affine_maps(model, batches):
 
 def usefulness(model, batches):
     """The result of Usefulness, in two passes over `batches` (a list): one fits the affine maps, one replaces."""
-    maps = affine_maps(model, batches)
-    return one_pass(model, batches, {"usefulness": Usefulness(model, maps)})["usefulness"]
+    return as_function(Usefulness)(model, batches, maps=affine_maps(model, batches))
 
 
 stream, angular_distance, attention = as_function(Stream), as_function(AngularDistance), as_function(Attention)
@@ -646,7 +643,7 @@ experts, removal, permutation = as_function(Experts), as_function(Removal), as_f
 def jacobian(model, batches, layers=None, own_token=False, rows=16):
     """Jacobians of whole blocks y = block(x), a dict, with M = len(layers) (a list of numbers l, all by default):
 
-    layers          (M)
+    layers          (M)        and tokens, N
     matrices        (M, d, d)  J = 1/N sum_t sum_t' dy_t' / dx_t over the N tokens, t and t' of one sequence: the mean
                                over input tokens, cross-token terms included (Sparsity's published code). With own_token
                                only t' = t: the mean of dy_t / dx_t
@@ -665,16 +662,16 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
     function = own_token_attention if own_token else scaled_dot_product_attention
     # the fused kernels have no batched backward pass
     with evaluation(model), sdpa_kernel(SDPBackend.MATH), patch.object(F, "scaled_dot_product_attention", function):
-        for idx, _ in batches:
-            x = model.embed_norm(model.embed_tokens(idx))
-            for l, block in enumerate(model.blocks[: max(layers)], 1):
-                x = x.detach().requires_grad_(l in layers)
-                y = block(x)
-                for some in torch.arange(d, device=x.device).split(rows) if l in layers else ():
-                    e = F.one_hot(some, d).to(y.dtype)[:, None, None].expand(-1, *y.shape)  # row i: e_i at each t'
+        for idx, targets in batches:
+            with torch.no_grad():
+                states = Trace(model, idx, targets).states
+            for i, l in enumerate(layers):
+                x = states[l - 1].requires_grad_()
+                y = model.blocks[l - 1](x)
+                for some in torch.arange(d, device=x.device).split(rows):
+                    e = F.one_hot(some, d).to(y.dtype)[:, None, None].expand(-1, *y.shape)  # row j: e_j at each t'
                     grad = torch.autograd.grad(y, x, e, is_grads_batched=True, retain_graph=True)[0]
-                    J[layers.index(l), some] += grad.sum((1, 2)).double()
-                x = y
+                    J[i, some] += grad.sum((1, 2)).double()
             n += idx.numel()
     J = J / n
     diagonal = J.diagonal(dim1=1, dim2=2)
@@ -690,6 +687,7 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
         "diagonal_mean": diagonal.mean(1),
         "diagonal_std": diagonal.std(1, correction=0),
         "spectral_norm": torch.linalg.matrix_norm(J, 2),
+        "tokens": n,
     }
 
 
@@ -717,12 +715,12 @@ def end_to_end(model, batches, n_iter=20):
             x = model.embed_norm(model.embed_tokens(sequence)).detach().requires_grad_()
             y = apply(model.blocks, x)
             u = torch.zeros_like(y).requires_grad_()
-            backward = torch.autograd.grad(y, x, u, create_graph=True)[0]
+            JT_u = torch.autograd.grad(y, x, u, create_graph=True)[0]
             v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
             for _ in range(n_iter):
-                forward = torch.autograd.grad(backward, u, v / v.norm(), retain_graph=True)[0]
-                v = torch.autograd.grad(y, x, forward, retain_graph=True)[0]
-            norms.append(forward.norm().item())
+                J_v = torch.autograd.grad(JT_u, u, v / v.norm(), retain_graph=True)[0]
+                v = torch.autograd.grad(y, x, J_v, retain_graph=True)[0]
+            norms.append(J_v.norm().item())
     return sum(norms) / len(norms)
 
 
@@ -833,7 +831,7 @@ class Measure:
     group: str  # columns of one group share a table and the figure <group>.png
     columns: Callable
     totals: Callable = lambda result: {}
-    matrix: tuple | None = None  # (title, ylabel, xlabel, function of the result): a heat map a run, <name>_map.png
+    matrix: tuple | None = None  # (title, ylabel, xlabel, function of the result): a heat map per run, <name>_map.png
 
 
 def by_threshold(title, thresholds, values):
@@ -1017,17 +1015,17 @@ def plan_run(out_dir, settings, config, checkpoint):
     cannot be asked."""
     names = settings.names()
     if "experts" in names and not config.n_expert:
-        names.remove("experts")  # check_runs has said so
-    layers = None if settings.layers == "all" else list(dict.fromkeys(map(int, settings.layers.split(","))))
+        names.remove("experts")  # check_runs has said so where they were asked for by name
+    layers = None if settings.layers == "all" else [int(part) for part in settings.layers.split(",")]
     if layers and max(layers) > config.n_layer:
         raise UserError(f"--layers={settings.layers}: {out_dir} has layers 1 to {config.n_layer}")
-    options = {"jacobian": {"layers": layers, "own_token": settings.own_token}}  # what a measure needs besides data
-    if "choices" not in names:
-        return names, options, {}
-    if not checkpoint["tokenizer"]:
-        raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
-    options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
-    return names, options, {"choices": read_questions(settings.choices)}
+    options, data = {"jacobian": {"layers": layers, "own_token": settings.own_token}}, {}
+    if "choices" in names:
+        if not checkpoint["tokenizer"]:
+            raise UserError(f"the data of {out_dir} named no tokenizer: its tokens have no text")
+        options["choices"] = {"encoding": prepare_data.build_encoding(checkpoint["tokenizer"])}
+        data["choices"] = read_questions(settings.choices)
+    return names, options, data
 
 
 def check_runs(out_dirs, settings):
@@ -1045,7 +1043,8 @@ def check_runs(out_dirs, settings):
             for prompt, choice in zip(prompts, choices):
                 encode_choice(options["choices"]["encoding"], config, prompt, choice)
         read_log(run_folder(out_dir) / "log.jsonl")
-        dense += [out_dir] * (not config.n_expert)
+        if not config.n_expert:
+            dense.append(out_dir)
     if "experts" in settings.metrics.split(","):
         if len(dense) == len(out_dirs):
             raise UserError(f"metrics=experts: {dense[0]} has no experts")
@@ -1060,28 +1059,25 @@ def analyze_run(out_dir, settings, device):
     names, options, data = plan_run(out_dir, settings, config, checkpoint)
     text = load_batches(folder, config, settings.tokens, settings.batch_size, settings.block_size, device)
     size = min(settings.tokens, settings.jacobian_tokens)
-    jacobian_text = load_batches(folder, config, size, 1, settings.block_size, device)
-    data["jacobian"] = data["end_to_end"] = jacobian_text
+    data["jacobian"] = data["end_to_end"] = load_batches(folder, config, size, 1, settings.block_size, device)
     n_tokens = sum(idx.numel() for idx, _ in text)
     print(f"{out_dir}: {config.norm}, {config.n_layer} layers x {config.n_embd}, step {checkpoint['step']}; ", end="")
     print(f"{n_tokens:,} held-out tokens of {folder}" + ", all there are" * (n_tokens < settings.tokens), flush=True)
     result = {"run": {"out_dir": str(out_dir), "norm": config.norm, "n_layer": config.n_layer, "n_embd": config.n_embd}}
     result["run"].update(step=checkpoint["step"], data=str(folder), tokens=n_tokens)
 
-    run_name = Path(out_dir).name
+    run_name = Path(out_dir).absolute().name
     if "usefulness" in names:
         options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{run_name}: affine maps"))}
     shared = {}  # the classes share one pass, the functions make their own
     for name in names:
-        compute = functools.partial(MEASURES[name].compute, model, **options.get(name, {}))
-        if isinstance(MEASURES[name].compute, type):
-            shared[name] = compute()
+        compute, given = MEASURES[name].compute, options.get(name, {})
+        if isinstance(compute, type):
+            shared[name] = compute(model, **given)
         else:
-            result[name] = compute(progress(data.get(name, text), f"{run_name}: {name}"))
+            result[name] = compute(model, progress(data.get(name, text), f"{run_name}: {name}"), **given)
     if shared:
         result.update(one_pass(model, progress(text, f"{run_name}: {', '.join(shared)}"), shared))
-    if "jacobian" in names:
-        result["jacobian"]["tokens"] = sum(idx.numel() for idx, _ in jacobian_text)
     return result
 
 
@@ -1116,7 +1112,7 @@ def print_table(head, rows):
 
 
 def print_run(result):
-    """A table a group of measures, one row a layer."""
+    """One table for each group of measures, with one row for each layer."""
     for group, columns in shown_columns(result).items():
         values = torch.stack(list(columns.values()), dim=1)  # (L + 1, columns)
         rows = [[l or "embedding", *row] for l, row in enumerate(values.tolist())]
@@ -1125,7 +1121,7 @@ def print_run(result):
 
 
 def print_totals(results):
-    """The runs' whole-model numbers, a column a run."""
+    """The numbers of whole models, one column for each run."""
     totals = {name: shown_totals(result) for name, result in results.items()}
     titles = dict.fromkeys(title for of_run in totals.values() for title in of_run)
     rows = [[title, *(of_run.get(title, math.nan) for of_run in totals.values())] for title in titles]
@@ -1139,7 +1135,7 @@ def analyze_runs(settings, device):
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
-    names = [Path(out_dir).name for out_dir in settings.out_dirs]
+    names = [Path(out_dir).absolute().name for out_dir in settings.out_dirs]  # "." has a name too
     names = settings.out_dirs if len(set(names)) < len(names) else names
     results = {}
     for name, out_dir in zip(names, settings.out_dirs):
@@ -1167,10 +1163,8 @@ MARKERS = "o", "s", "^", "D", "v", "P", "X", "*", "<"
 
 def line_styles(names):
     """{name: how its lines are drawn}, each different up to 28 names, the same in every figure."""
-    return {
-        name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 4], "marker": MARKERS[i % 9], "ms": 4, "lw": 1.2}
-        for i, name in enumerate(names)
-    }
+    looks = zip(names, cycle(COLORS), cycle(DASHES), cycle(MARKERS))
+    return {n: {"color": c, "linestyle": d, "marker": m, "ms": 4, "lw": 1.2} for n, c, d, m in looks}
 
 
 def grid(n, n_columns, width, height):
@@ -1191,7 +1185,7 @@ def label(axis, xlabel, ylabel):
 
 def legend(fig, axes):
     """One legend for all axes, below them, where there are several lines."""
-    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels())}
+    handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     if len(handles) > 1:
         columns = min(len(handles), 4 if len(handles) <= 12 else 8)
         box = fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
@@ -1279,7 +1273,7 @@ def draw_columns(results, folder):
 
 
 def draw_matrices(results, folder):
-    """The measures' matrices, a map a run on one scale."""
+    """The measures' matrices: one figure for each measure, in it one map for each run, all on one scale."""
     for name, measure in MEASURES.items():
         if measure.matrix:
             title, ylabel, xlabel, get = measure.matrix
@@ -1313,7 +1307,7 @@ def draw_attention(results, folder):
 
 
 def draw_kurtosis(results, folder):
-    """The kurtosis of each dimension of up to five states, sorted; a panel a run (Sparsity Eq. 19)."""
+    """The kurtosis of each dimension of up to five states, sorted; one panel for each run (Sparsity Eq. 19)."""
     panels = {}
     for run_name, r in of_measure(results, "stream").items():
         kurtosis = r["kurtosis_per_dim"].cpu().sort(descending=True).values
@@ -1350,7 +1344,7 @@ def logged(log, key):
     records = [record for record in log if key in record]
     try:
         values = torch.tensor([record[key] for record in records], dtype=torch.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):  # the last of an int beyond float64
         raise UserError(f"the log's values of {key} are not numbers, or not as many in each line") from None
     return [record["step"] for record in records], values
 
@@ -1404,24 +1398,23 @@ IGNORED += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split
 
 def is_sweep(folder):
     """Whether a folder holds runs (train.py gives each a train.log) instead of being one."""
-    names = {path.name for path in Path(folder).glob("*/*")}
-    return not (Path(folder) / "ckpt.pt").exists() and not names.isdisjoint(["ckpt.pt", "train.log"])
+    holds_runs = any(path.name in ("ckpt.pt", "train.log") for path in Path(folder).glob("*/*"))
+    return holds_runs and not (Path(folder) / "ckpt.pt").exists()
 
 
-def read_sweep(folder, settings, device):
+def read_sweep(folder):
     """The runs in the sub-folders of a sweep, a list of dicts:
 
+    name      that of the run's folder
     settings  {name: value} of the settings that differ between the runs, the seed last
     state     finished, unfinished or diverged; `step` is that of the checkpoint
     loss      the last held-out loss, nats
-    columns   {title: (L) float64}, totals {title: number}: from the log, and of --metrics if some are asked for
+    columns   {title: (L) float64}, totals {title: number}: from the log; measure_sweep adds those of --metrics
     curves    {title: [(step, value)]} over training
     """
-    runs, run_dirs = [], sorted(path.parent for path in folder.glob("*/ckpt.pt"))
-    if run_dirs and settings.metrics != "all":
-        check_runs(run_dirs, settings)
-    for run_dir in run_dirs:
-        model, checkpoint = load_run(run_dir, device)
+    runs = []
+    for run_dir in sorted(path.parent for path in folder.glob("*/ckpt.pt")):
+        model, checkpoint = load_run(run_dir)
         given = vars(model.config) | checkpoint["settings"]  # model.config has what older runs did not save
         log = read_log(run_dir / "log.jsonl")
         columns, totals, curves = {}, {}, {}
@@ -1438,11 +1431,6 @@ def read_sweep(folder, settings, device):
             columns["1 - act(a)"], totals["mean gate scale"] = scales, scales.mean().item()
         steps, losses = logged(log, "loss")
         curves["training loss, nats"] = list(zip(steps, losses.tolist()))
-        if settings.metrics != "all" and state == "finished":
-            result = analyze_run(run_dir, settings, device)
-            totals |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
-            for group in shown_columns(result).values():
-                columns |= {title: values[1:] for title, values in group.items()}
         entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint.get("val_loss")}
         entry |= {"columns": columns, "totals": totals, "curves": curves}
         entry["settings"] = {k: str(v) if isinstance(v, (list, dict)) else v for k, v in given.items()}
@@ -1463,8 +1451,20 @@ def read_sweep(folder, settings, device):
     return runs
 
 
+def measure_sweep(runs, folder, settings, device):
+    """Adds to the finished runs' columns and totals those of --metrics. What cannot be measured is told first."""
+    check_runs([folder / entry["name"] for entry in runs], settings)
+    for entry in runs:
+        if entry["state"] == "finished":
+            result = analyze_run(folder / entry["name"], settings, device)
+            entry["totals"] |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
+            for group in shown_columns(result).values():
+                entry["columns"] |= {title: values[1:] for title, values in group.items()}
+
+
 def differing(given):
-    """The names of the settings in which runs differ, of the settings of each: norm first, the seed last."""
+    """The names of the settings in which runs differ, of the settings of each: norm first, then learning_rate, the seed
+    last."""
     names = set().union(*given).difference(IGNORED)  # a run of an earlier version, or an imported one, may lack some
     differ = {name for name in names if len({of_run[name] for of_run in given if name in of_run}) > 1}
 
@@ -1477,7 +1477,8 @@ def differing(given):
 
 
 def by_group(runs, without=("seed",)):
-    """{values of the settings that differ, but those of `without`: its runs}."""
+    """{group: its runs}, sorted. The runs of a group agree in all settings but those in `without`; the group is the
+    tuple of these settings: (("norm", "pre"), ("learning_rate", 0.001))."""
     groups = {}
     for entry in runs:
         key = tuple((name, value) for name, value in entry["settings"].items() if name not in without)
@@ -1494,8 +1495,8 @@ def finished_losses(runs):
 
 
 def best_groups(runs):
-    """The groups of by_group, of those that differ in the learning rate alone the best one: the fewest diverged runs,
-    and of these the smallest mean loss."""
+    """by_group's groups at their best learning rate: of groups that differ in nothing else, the one with the fewest
+    diverged runs and, among those, the smallest mean loss. Groups without a finished run are left out."""
 
     def rank(group):
         return sum(entry["state"] == "diverged" for entry in group), statistics.fmean(finished_losses(group))
@@ -1627,7 +1628,7 @@ def is_value(text, value):
 def analyze_sweep(settings, device):
     """Tables (sweep.md), raw numbers (sweep.json) and figures of the runs in a folder, written into it."""
     folder = Path(settings.out_dirs[0])
-    runs = read_sweep(folder, settings, device)
+    runs = read_sweep(folder)
     n_young = sum(not log.with_name("ckpt.pt").exists() for log in folder.glob("*/train.log"))
     if n_young:
         print(f"runs that have saved no checkpoint yet, left out here: {n_young}")
@@ -1637,6 +1638,8 @@ def analyze_sweep(settings, device):
     baseline = [value for value in values if is_value(wanted, value)]
     if not baseline:
         raise UserError(f"baseline is {wanted!r}; {names[0]} is one of {', '.join(map(str, values))}")
+    if settings.metrics != "all":
+        measure_sweep(runs, folder, settings, device)
     text = sweep_tables(runs, baseline[0])
     print(text)
     save_whole(folder / "sweep.md", lambda file: file.write(text.encode()))

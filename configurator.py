@@ -47,12 +47,12 @@ class UserError(Exception):
     """A mistake of the user's or a fault from outside, described in one line; a program that meets it exits with 2."""
 
 
-def run(main, *args):
-    """Runs a program's main(*args). A UserError, or an OSError or lack of memory that nothing below explained, ends it
+def run(main):
+    """Runs a program's main(). A UserError, or an OSError or lack of memory that nothing below explained, ends it
     with one line on standard error and exit code 2, Ctrl-C with one line and 130."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        main(*args)
+        main()
         return
     except UserError as error:
         message, code = str(error), 2
@@ -92,7 +92,7 @@ def read_settings(declaration, description, argv=None, positional=None, never_li
         print(help_text(declaration, description, positional))
         sys.exit(0)
     may_be_lists = set() if never_lists is None else set(declaration.__dataclass_fields__) - set(never_lists)
-    values, paths = {}, {}  # paths: the values of list[str] so far, to which arguments add until a file gives others
+    values, lists = {}, {}  # lists: the values of list[str] so far, to which arguments add until a file gives others
     while args:
         arg = args.pop(0)
         if positional and not arg.startswith("--") and not arg.endswith(".py"):
@@ -104,8 +104,8 @@ def read_settings(declaration, description, argv=None, positional=None, never_li
             if not texts:
                 raise UserError(f"--{name} expects {kind_name(kinds)}, got nothing")
             if list[str] in kinds:
-                paths[name] = paths.get(name, []) + texts
-                given = {name: paths[name]}
+                lists[name] = lists.get(name, []) + texts
+                given = {name: lists[name]}
             elif name in may_be_lists and "," in texts[0]:
                 parts = [part.strip() for part in texts[0].split(",")]
                 if "" in parts:
@@ -115,12 +115,10 @@ def read_settings(declaration, description, argv=None, positional=None, never_li
                 given = {name: parse(declaration, name, texts[0])}
         elif arg.endswith(".py"):
             given = read_config_file(declaration, arg, may_be_lists)
-            paths = {name: texts for name, texts in paths.items() if name not in given}
+            lists = {name: texts for name, texts in lists.items() if name not in given}
         else:
             raise UserError(f"unexpected argument {arg!r}; settings are --name=value, config files end in .py")
-        for name in given:
-            values.pop(name, None)  # so that it goes to the end
-        values.update(given)
+        values = {name: value for name, value in values.items() if name not in given} | given  # what is given goes last
     return values
 
 

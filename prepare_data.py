@@ -3,7 +3,7 @@
 This file owns the shard format (its writer and its memory-mapped reader) and the tokenizers. A data set is a folder:
 
     data/NAME/train_000000.bin ...   256 int32 of header (magic, version, number of tokens), then the tokens
-    data/NAME/train_000000.mask ...  only with prompts: a byte a token, 0 where it is a prompt's, without loss
+    data/NAME/train_000000.mask ...  only with prompts: one byte per token, 0 for those of a prompt, which have no loss
     data/NAME/val_000000.bin ...     the same for the held-out documents
     data/NAME/meta.json              the manifest: tokenizer, vocabulary size, source, counts, checksums
     data/NAME/tokenizer.tiktoken     the tokenizer's ranks, or tokenizer.json; neither for the byte-level one
@@ -66,7 +66,7 @@ class Settings:
     dataset: str | None = None  # name of the data set or of a hub corpus; none: the first input's, or stdlib
     input: list[str] = field(default_factory=list)  # files, folders, globs, https:, hub:OWNER/NAME[:CONFIG[:SPLIT]], -
     stdin_format: Literal["text", "jsonl"] = "text"  # of standard input, --input=-
-    shape: Literal["text", "instruction", "turns"] | None = None  # of a jsonl, parquet or hub row (SHAPES); none: text
+    shape: Literal["text", "instruction", "turns"] | None = None  # of a row (SHAPES); none: that of the corpus, or text
     text_field: str = ""  # the field that holds the text; none: text, output or conversations, by shape
     prompt_field: str = ""  # shape=text: the field of a prompt before the text; the prompt's tokens carry no loss
     tokenizer: str = "byte"  # byte, tiktoken's gpt2 ..., bpe:N (trained here), PATH.tiktoken, PATH.json, or a data set
@@ -78,14 +78,14 @@ class Settings:
     val_fraction: SHARE | None = None  # share of the documents that is held out; none: 0.01, of stdlib 0.05
     shard_size: COUNT = 100_000_000  # tokens per shard
     shuffle_buffer: COUNT = 1000  # documents that are shuffled among each other, at most 16 MB of text; 1: none
-    max_broken: NOT_NEGATIVE = 0.01  # broken or undecodable documents per good one, above which it is an error
+    max_broken: NOT_NEGATIVE = 0.01  # broken or undecodable documents per document kept, above which it is an error
     seed: Annotated[int, (0, 2**32 - 1)] = 1337  # of the shuffle, and of the sample for bpe:N
     num_workers: NATURAL = 0  # processes that make tokens; 0: one per core, or one for bytes and small inputs
     save_interval: NOT_NEGATIVE = 10.0  # seconds of work that an interruption may cost
     overwrite: bool = False  # replace a data set of that name
     # instead
     verify: bool = False  # check the data set's files against its manifest
-    adopt: bool = False  # write the manifest of shards made elsewhere in data_dir/dataset, which --tokenizer made
+    adopt: bool = False  # write the manifest for shards in data_dir/dataset that another program made with --tokenizer
 
     def __post_init__(self):
         if self.dataset is None:
@@ -156,7 +156,7 @@ def open_mask(path, tokens):
     size = path.stat().st_size
     if size != len(tokens):
         raise UserError(f"{path} has {size} bytes for a shard of {len(tokens)} tokens: truncated or damaged")
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if size else np.empty(0, np.uint8)
 
 
 def shard_paths(folder, split):
@@ -325,7 +325,7 @@ class ShardWriter:
         """UserError if the last of the `shards` to go on with lost a part."""
         self.folder, self.split, self.shard_size = Path(folder), split, shard_size
         self.dtype = np.dtype(token_type(vocab_size))
-        self.shards = [] if shards is None else shards
+        self.shards = [] if shards is None else shards  # the caller's own list: it grows as shards are written
         for path, size in self.last_files().items():
             if not (path.exists() and path.stat().st_size >= size):
                 raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
@@ -438,8 +438,7 @@ def write_shards(settings, inputs, source, partial):
     """
     started = saved = shown = time.monotonic()
     state, encoding = begin(settings, inputs, partial)
-    train, val = state["splits"]["train"], state["splits"]["val"]
-    bytes_before = train["bytes"] + val["bytes"]
+    train, bytes_before = state["splits"]["train"], total(state, "bytes")
     writers = {}
     for split, counts in state["splits"].items():
         writers[split] = ShardWriter(partial, split, encoding.n_vocab, settings.shard_size, counts["shards"])
@@ -462,9 +461,9 @@ def write_shards(settings, inputs, source, partial):
         state["place"] = place
         if time.monotonic() - shown >= SHOW_INTERVAL:
             shown = time.monotonic()
-            show_progress(state, (train["bytes"] + val["bytes"] - bytes_before) / (shown - started), inputs)
+            show_progress(state, (total(state, "bytes") - bytes_before) / (shown - started), inputs)
         if train["documents"] > 10_000:  # fewer are too few to judge a corpus by
-            check_problems(settings, state, source)
+            check_problems(settings, state, source, len(waiting))
         if settings.max_tokens and train["tokens"] >= settings.max_tokens:
             break
         if can_continue and not waiting and time.monotonic() - saved >= settings.save_interval:
@@ -487,14 +486,15 @@ def write_shards(settings, inputs, source, partial):
             print(f"warning: {kind}: {count} documents, the first at {', '.join(places)}", file=sys.stderr)
     more = {"source": source, "seed": settings.seed, "problems": state["problems"]}
     write_meta(partial, state["tokenizer"], encoding, state["splits"], more)
-    seconds, n_bytes = time.monotonic() - started, train["bytes"] + val["bytes"] - bytes_before
+    seconds, n_bytes = time.monotonic() - started, total(state, "bytes") - bytes_before
     print(f"{len(inputs)} inputs with tokenizer {encoding.name} in {seconds:.1f} s, {n_bytes / 1e6 / seconds:.1f} MB/s")
 
 
 def write_batch(documents, settings, writers, state):
     """Writes a batch, each document to its split, in the order of the shuffle. While the held-out part is empty, the
-    document of smallest hash is kept back and returned, to be compared with those of the next batch. After 10,000
-    documents it is held out, since no progress is saved while a document waits.
+    document of smallest hash is kept back and returned, to be compared with those of the next batch: at the end it is
+    held out, so that this part never stays empty. After 10,000 documents it is held out at once, since no progress is
+    saved while a document waits.
     """
     waiting = []
     if documents and not state["splits"]["val"]["documents"]:
@@ -530,22 +530,26 @@ def write_documents(split, documents, writers, state):
     counts["loss_tokens"] += len(tokens) if mask is None else int(mask.sum())
 
 
-def check_problems(settings, state, source, n_waiting=0):
+def total(state, name):
+    """Documents, bytes or tokens of both splits."""
+    return sum(counts[name] for counts in state["splits"].values())
+
+
+def check_problems(settings, state, source, n_waiting):
     """UserError if there is no text, or too much of it is broken."""
-    n_train = state["splits"]["train"]["documents"]
-    total = n_train + state["splits"]["val"]["documents"] + n_waiting
+    n_train, n_kept = state["splits"]["train"]["documents"], total(state, "documents") + n_waiting
     # those of the other two kinds are counted, but are no reason to stop
     broken = {kind: found for kind, found in state["problems"].items() if kind not in ("empty", ALTERED)}
     n_broken = sum(count for count, _ in broken.values())
-    if n_broken > settings.max_broken * max(total, 1):
+    if n_broken > settings.max_broken * max(n_kept, 1):
         first = ", ".join(f"{kind} at {places[0]}" for kind, (_, places) in broken.items())
         share = f"more than max_broken {settings.max_broken}"
         hint = "; --text_field= names the field of the text" if any("JSON" in kind for kind in broken) else ""
-        raise UserError(f"{n_broken} documents are broken where {total} are kept, {share}: {first}{hint}")
-    if not total:
+        raise UserError(f"{n_broken} documents are broken where {n_kept} are kept, {share}: {first}{hint}")
+    if not n_kept:
         raise UserError(f"no text in {', '.join(source)}")
     if not n_train and not n_waiting:
-        raise UserError(f"all {total} documents fell to the held-out part: give more text or a smaller val_fraction")
+        raise UserError(f"all {n_kept} documents fell to the held-out part: give more text or a smaller val_fraction")
 
 
 def halves(document, encoding, source):
@@ -567,8 +571,7 @@ def begin(settings, inputs, partial):
             if state["fingerprint"] != mark:
                 raise ValueError("it is of other settings or inputs")
             encoding = build_encoding(load_tokenizer(partial, state["tokenizer"]))
-            n_documents = sum(counts["documents"] for counts in state["splits"].values())
-            print(f"going on after {n_documents:,} documents of an interrupted run", file=sys.stderr)
+            print(f"going on after {total(state, 'documents'):,} documents of an interrupted run", file=sys.stderr)
             return state, encoding
         except (ValueError, KeyError, TypeError, OSError) as error:
             print(f"{partial} cannot be continued, {error}: beginning anew", file=sys.stderr)
@@ -621,8 +624,7 @@ def locked(folder, work):
 
 def show_progress(state, rate, inputs):
     """Says on standard error how far the work is; `rate` is in bytes of text a second."""
-    documents, tokens = (sum(counts[n] for counts in state["splits"].values()) for n in ("documents", "tokens"))
-    text = f"{documents:,} documents, {tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+    text = f"{total(state, 'documents'):,} documents, {total(state, 'tokens'):,} tokens, {rate / 1e6:.1f} MB/s"
     sizes = [source.size for source in inputs]
     if None not in sizes:  # of a compressed file and of parquet nothing counts until it is done
         index, offset, _ = state["place"]
@@ -731,10 +733,12 @@ def stdlib_files():
 
 
 def kind_of(path):
-    """text, jsonl or parquet by the suffix, after which one of a compression may stand; None for any other."""
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
-    kind = SUFFIXES.get(suffixes[-1]) if suffixes else None
-    return None if kind == "parquet" and Path(path).suffix in COMPRESSIONS else kind
+    """text, jsonl or parquet by the suffix, after which one of a compression may stand (not for parquet); else None."""
+    path = Path(path)
+    if path.suffix not in COMPRESSIONS:
+        return SUFFIXES.get(path.suffix)
+    kind = SUFFIXES.get(Path(path.stem).suffix)
+    return None if kind == "parquet" else kind
 
 
 def optional(module):
@@ -752,7 +756,7 @@ def optional(module):
 # whole lines as bytes (text, jsonl), or a list of rows, each a tuple of the fields' values. A piece depends only on
 # where it starts, so that a continued run reads the same ones.
 
-JOB = 1 << 20  # bytes of text that a worker gets at once
+JOB = 1 << 20  # bytes of text that a worker gets at once; also how many tokens of a shard are looked through at once
 ROWS = 256  # of a parquet file or a hub corpus that are read at once
 MAX_LINE = 1 << 28  # bytes of a line of jsonl
 
@@ -773,7 +777,7 @@ def read_lines(source, place, fields):
         for start in range(0, offset, JOB):  # a continued run reads up to its place again
             stream.read(min(JOB, offset - start))
         while True:
-            data = rest + stream.read(max(0, JOB - len(rest)))
+            data = rest + stream.read(JOB - len(rest))
             while source.kind == "jsonl" and b"\n" not in data and (more := stream.read(JOB)):
                 data += more
                 if len(data) > MAX_LINE:
@@ -797,11 +801,11 @@ def open_stream(path):
     if path == "-":
         stored = sys.stdin.buffer
     elif path.startswith(("https://", "http://")):
-        stored = urllib.request.urlopen(path, timeout=60)
+        stored, path = urllib.request.urlopen(path, timeout=60), path.split("?")[0]
     else:
         stored = open(path, "rb")
     with stored:
-        decompress = COMPRESSIONS.get(Path(path.split("?")[0]).suffix)
+        decompress = COMPRESSIONS.get(Path(path).suffix)
         yield decompress(stored) if decompress else stored
         if getattr(stored, "length", None):  # what http.client still expects
             raise EOFError(f"the connection ended {stored.length:,} bytes before the end")
@@ -882,8 +886,8 @@ def read_jobs(inputs, place, fields):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From pieces to documents: their text as bytes, (text,), (prompt, text), or more turns as (prompt, text, prompt, text).
-# Bytes that are not UTF-8 stay as they are. The functions yield (document, place), the place as path:line or path:row
-# or the path alone, and append to the list `problems` what is wrong: (kind, place).
+# Bytes that are not UTF-8 stay as they are. The functions yield (document, where), where as path:line or path:row
+# or the path alone, and append to the list `problems` what is wrong: (kind, where).
 
 MAX_DOCUMENT = 1 << 16  # bytes: longer texts are cut, so that a single file still has a held-out part
 BLANK_LINE = "\n\n"
@@ -939,54 +943,52 @@ def read_documents(job, settings, problems):
     for kind, path, line, data in job:
         if kind == "text":
             yield from text_documents(path, line, data, problems)
-        elif kind == "jsonl":
-            yield from row_documents(path, line, io.BytesIO(data), settings, "no JSON object with a text", problems)
         else:
-            yield from row_documents(path, line, data, settings, "no text", problems)
+            yield from row_documents(kind, path, line, data, settings, problems)
 
 
 def text_documents(path, line, data, problems):
     """The documents of lines of plain text, which are a whole file where it is short enough."""
     for text in cut(data):
-        place = path
+        where = path
         try:
             text.decode()
         except UnicodeDecodeError as error:
             n_lines = text.count(b"\n", 0, error.start)
-            place = f"{path}:{line + n_lines}"
-            problems.append(("undecodable", place))
+            where = f"{path}:{line + n_lines}"
+            problems.append(("undecodable", where))
         if text.strip():
-            yield (text,), place
+            yield (text,), where
         else:
             problems.append(("empty", f"{path}:{line}"))
         line += text.count(b"\n")
 
 
-def row_documents(path, line, rows, settings, what, problems):
-    """The documents of rows, each a line of jsonl or the values of settings.fields; `what` is the problem of a row
-    without a text."""
+def row_documents(kind, path, line, data, settings, problems):
+    """The documents of rows, each a line of jsonl or the values of settings.fields."""
+    rows, what = (io.BytesIO(data), "no JSON object with a text") if kind == "jsonl" else (data, "no text")
     if settings.shape != "text":
         what = f"no row of shape {settings.shape}:"
     for i, row in enumerate(rows, line):
-        place = f"{path}:{i}"
+        where = f"{path}:{i}"
         try:
             parts = row_parts(row, settings)
         except (ValueError, KeyError, TypeError, RecursionError):
-            problems.append((f"{what} {' and '.join(map(repr, settings.fields))}", place))
+            problems.append((f"{what} {' and '.join(map(repr, settings.fields))}", where))
             continue
         if not parts[-1].strip():
-            problems.append(("empty", place))
+            problems.append(("empty", where))
             continue
         try:
             values = tuple(part.encode() for part in parts)
         except UnicodeEncodeError:  # bytes that surrogateescape stands for come back, other lone surrogates are U+FFFD
             parts = [re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", part) for part in parts]
             values = tuple(part.encode(errors="surrogateescape") for part in parts)
-            problems.append(("undecodable", place))
+            problems.append(("undecodable", where))
         if len(values) > 1:  # a prompt and its text stay together
-            yield values, place
+            yield values, where
         else:
-            yield from (((part,), place) for part in cut(values[0]))
+            yield from (((part,), where) for part in cut(values[0]))
 
 
 def row_parts(row, settings):
@@ -1036,10 +1038,10 @@ class Document(NamedTuple):
 def tokenize(encoding, settings, job):
     """(the Documents of a job, its problems); any process may do it."""
     documents, problems = [], []
-    for values, place in read_documents(job, settings, problems):
+    for values, where in read_documents(job, settings, problems):
         ids = [encode(encoding, value) for value in values]
         if isinstance(encoding, JsonTokenizer) and any(decode_bytes(encoding, i) != v for i, v in zip(ids, values)):
-            problems.append((ALTERED, place))
+            problems.append((ALTERED, where))
         documents.append(make_document(encoding, ids, values))
     return documents, problems
 
@@ -1056,9 +1058,9 @@ def make_document(encoding, ids, values):
 def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
     """(Documents, problems, Place) for each (job, Place) in their order, from num_workers processes; one is this one.
 
-    No more than two jobs per process are under way, so that memory does not grow with the corpus. Workers load the
-    tokenizer from its files, (folder, saved) as load_tokenizer takes them: more than a pipe holds cannot be handed to a
-    worker that ends at once.
+    No more than two jobs per process are under way, so that memory does not grow with the corpus. `saved_tokenizer`,
+    (folder, saved), is what load_tokenizer takes: each worker loads the tokenizer from its files. Sent through a pipe,
+    a large one would block this process forever if the worker ended before it had read it.
     """
     if num_workers == 1:
         for job, place in jobs:
@@ -1087,17 +1089,17 @@ def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
 
 
 def submit(pool, job):
-    """Gives a job to the pool, which starts a worker process with it until it has all of them. A worker ignores Ctrl-C,
-    which is for this process. BrokenProcessPool if it does not start."""
-    has_mask = hasattr(signal, "pthread_sigmask")  # not on Windows
-    if has_mask:
+    """Gives a job to the pool, which may start a worker process for it, until all of them run. Ctrl-C is for this
+    process alone: workers start with it blocked. BrokenProcessPool if one does not start."""
+    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if can_block:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits what is blocked
     try:
         return pool.submit(work, job)
     except Exception as error:  # of several kinds: a worker that dies meanwhile takes the pipes that this one is given
         raise BrokenProcessPool from error
     finally:
-        if has_mask:
+        if can_block:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 

@@ -12,7 +12,7 @@
     python train.py --help                                     every setting
 
 A run is a folder: ckpt.pt (weights, optimizer, settings, tokenizer), ckpt_previous.pt (the one before) and
-log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=resume goes on to the bit.
+log.jsonl (one object a line). SIGTERM and Ctrl-C save and end it; --init_from=resume continues it, bit for bit.
 
 The file begins with the settings and the training, `train`, whose loop is its last part. The pieces that it calls
 follow: what a run continues, the machine, data, the model and the optimizer, what a person sees, the run's folder,
@@ -58,7 +58,9 @@ from configurator import UserError, build_settings, read_config_file, read_log, 
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
-DTYPES = "auto", "float32", "bfloat16", "bfloat16_pure", "float64"
+# The type of the weights. bfloat16 is autocast, which leaves them in float32; auto becomes bfloat16 or float32.
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.float32}
+DTYPES |= {"bfloat16_pure": torch.bfloat16, "float64": torch.float64}
 
 # Each takes the parameter groups and the settings.
 OPTIMIZERS = {
@@ -122,7 +124,7 @@ class Settings(GPTConfig):
     top_k: COUNT | None = 50  # a sample draws among the k likeliest tokens; none: among all
     # machine
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
-    dtype: Literal[DTYPES] = "auto"  # bfloat16: autocast; bfloat16_pure: weights too; auto: bfloat16 where fast
+    dtype: Annotated[str, DTYPES] = "auto"  # bfloat16: autocast; bfloat16_pure: weights too; auto: bfloat16 where fast
     float32_gates: bool = False  # bfloat16_pure: the gates' weights stay float32, so that small steps move them
     compile: bool | None = None  # torch.compile the model; none: on cuda
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
@@ -170,9 +172,18 @@ class Settings(GPTConfig):
                 raise ValueError(f"lisa_layers changes what is trained as it runs: it does not go with {name}")
 
     @property
+    def rows_per_step(self):
+        """Of all processes."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
     def tokens_per_step(self):
         """Of all processes, padding too."""
-        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+        return self.rows_per_step * self.block_size
+
+    def eval_batches(self, is_last):
+        """How many batches an evaluation takes; 0: all."""
+        return self.last_eval_iters if is_last and self.last_eval_iters is not None else self.eval_iters
 
     def architecture(self, vocab_size):
         """The GPTConfig of a model with so many tokens."""
@@ -210,8 +221,7 @@ def main():
         if settings.eval_only:
             evaluate_run(checkpoint, data, setup)
             return
-        if settings.init_from != "resume":
-            check_out_dir(settings)
+        check_out_dir(settings)
         if processes.rank == 0:
             Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
         alone = prepare_data.locked(settings.out_dir, f"training in {settings.out_dir}")
@@ -223,9 +233,8 @@ def train(checkpoint, data, setup, stop):
     """Trains a new model, or goes on from a checkpoint: its run if settings.init_from is "resume", else its weights."""
     settings, processes, autocast = setup.settings, setup.processes, setup.autocast
     resumed = checkpoint if settings.init_from == "resume" else None  # the checkpoint of the run that goes on
-    model = build_model(data.config, checkpoint and checkpoint["model"], setup)
-    set_gates(model, settings, is_new=resumed is None)
-    trained = {id(p) for p in model.parameters() if p.requires_grad}  # LISA thaws no other
+    model = build_model(data.config, checkpoint and checkpoint["model"], setup, is_new=resumed is None)
+    trained = {p for p in model.parameters() if p.requires_grad}  # LISA thaws no other
     print(describe_model(model, data, setup))
     optimizer = build_optimizer(model, resumed, setup)
     gates = [g for g in model.gates() if g.requires_grad]
@@ -245,8 +254,7 @@ def train(checkpoint, data, setup, stop):
     def measure():
         """Logs and returns the held-out loss and stream_report's dict."""
         check_shards(data.sizes)
-        is_last = step >= settings.max_iters and settings.last_eval_iters is not None
-        loss = evaluate(compiled, data.val, setup, settings.last_eval_iters if is_last else settings.eval_iters)
+        loss = evaluate(compiled, data.val, setup, settings.eval_batches(is_last=step >= settings.max_iters))
         if not math.isfinite(loss):
             folder.end_where_not_finite(step, f"validation loss is {loss} at step {step}", model, [report_batch])
         text, record = describe_loss(loss, data)
@@ -410,7 +418,7 @@ OF_ONE_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus jobs de
 
 def settings_of_run(given):
     """({name: value}, checkpoint): what an earlier run hands on, its settings or, for fine-tuning, its architecture;
-    ({}, None) for a new run. Removes from `given` what leaves to the run what it has decided (None, a vocab_size of 0).
+    ({}, None) for a new run. Removes from `given` the values that mean "as the run has it": None, a vocab_size of 0.
     UserError if what is given contradicts it."""
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
@@ -426,7 +434,7 @@ def settings_of_run(given):
         handed_on = Settings.__dataclass_fields__.keys() - OF_ONE_CALL
         of_run = {n: v for n, v in checkpoint["settings"].items() if n in handed_on} | of_run | {"out_dir": folder}
         for name in ("gates", "optimizer"):
-            if name in given and given[name] != of_run.get(name, Settings.__dataclass_fields__[name].default):
+            if name in given and given[name] != of_run.get(name, getattr(Settings, name)):
                 raise UserError(f"{name} is set where a run begins: it does not go with resume, eval_only or sample")
         if given.get("eval_only") and "eval_iters" in given:
             of_run["last_eval_iters"] = None
@@ -434,8 +442,7 @@ def settings_of_run(given):
         if given.get("max_iters") is None and new_length:
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
-    decided = [n for n in checkpoint["config"] if n != "rope_scaling"]  # where None is a value, no scaling
-    for n in decided if is_tuning else [*decided, "freeze_gates"]:
+    for n in {*checkpoint["config"], "freeze_gates"} - {"rope_scaling"}:  # of rope_scaling None is a value: no scaling
         if n in given and (given[n] is None or n == "vocab_size" and given[n] == 0):  # as the run has it
             del given[n]
     fixed = [n for n in checkpoint["config"] if not (is_tuning and n == "block_size")]  # no weight depends on that
@@ -471,8 +478,7 @@ def evaluate_run(checkpoint, data, setup):
     """--eval_only: the last evaluation of the run."""
     settings = setup.settings
     model = build_model(data.config, checkpoint["model"], setup)
-    n = settings.eval_iters if settings.last_eval_iters is None else settings.last_eval_iters
-    loss = evaluate(model, data.val, setup, n)
+    loss = evaluate(model, data.val, setup, settings.eval_batches(is_last=True))
     if not math.isfinite(loss):
         raise UserError(f"the validation loss of {settings.out_dir}/ckpt.pt is {loss}")
     print(f"step {checkpoint['step']}: {describe_loss(loss, data)[0]}")
@@ -525,30 +531,36 @@ def set_up(settings, processes):
     if processes.size > 1:
         if ":" in name:
             raise UserError(f"device is {name} for all {processes.size} processes; say cuda, and each takes its own")
-        if name in ("auto", "cuda") and torch.cuda.is_available():
+        if takes_any_gpu(settings):
             name = f"cuda:{os.environ['LOCAL_RANK']}"
     device, dtype = usable_device(name), settings.dtype
-    if dtype == "auto":
-        on_cuda = partial(torch.cuda.is_bf16_supported, including_emulation=False)
-        is_fast = {"cuda": on_cuda, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
-        dtype = "bfloat16" if is_fast and is_fast() else "float32"
-    use_compile = settings.compile
-    if use_compile is None:
-        use_compile = device.type == "cuda" and not settings.lisa_layers
-    torch.backends.cuda.matmul.allow_tf32 = True  # on CUDA, float32 matrices are multiplied with 10 bits of mantissa
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # a device without an index is refused
     elif device.type == "cpu":
         keep_freed_memory()
+    if dtype == "auto":
+        is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        if device.type == "cuda":
+            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)  # of the device that was set
+        dtype = "bfloat16" if is_fast else "float32"
+    use_compile = settings.compile
+    if use_compile is None:
+        use_compile = device.type == "cuda" and not settings.lisa_layers
+    torch.backends.cuda.matmul.allow_tf32 = True  # on CUDA, float32 matrices are multiplied with 10 bits of mantissa
     return Setup(settings, processes, device, dtype, use_compile)
 
 
 def usable_device(name):
-    """model.find_device; UserError."""
+    """model.find_device, with a UserError in place of its ValueError."""
     try:
         return find_device(name)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def takes_any_gpu(settings):
+    """Whether the run trains on any GPU. (To ask find_device would take memory of one.)"""
+    return settings.device in ("auto", "cuda") and torch.cuda.is_available()
 
 
 def keep_freed_memory():
@@ -602,10 +614,11 @@ def open_data(checkpoint, setup):
     sizes = {path: os.path.getsize(path) for path in shards + masks}
     if settings.init_from == "resume" and settings.dataset == checkpoint["settings"].get("dataset"):
         check_shards({folder / str(name): size for name, size in checkpoint["shards"].items()})
-        if new := {path.name for path in shards} - checkpoint["shards"].keys() if checkpoint["shards"] else ():
-            warnings.warn(f"{folder} has new shards, {sorted(new)[0]} the first: the data now come in another order")
-        size = "batch_size", "gradient_accumulation_steps"
-        before, now = (math.prod(of.get(name, 1) for name in size) for of in (checkpoint["settings"], vars(settings)))
+        new = sorted({path.name for path in shards} - checkpoint["shards"].keys())
+        if checkpoint["shards"] and new:  # an imported run names no shards
+            warnings.warn(f"{folder} has new shards, {new[0]} the first: the data now come in another order")
+        names = "batch_size", "gradient_accumulation_steps"
+        before, now = math.prod(checkpoint["settings"].get(name, 1) for name in names), settings.rows_per_step
         if checkpoint["step"] and before != now and not settings.eval_only:
             what = f"a step now has {now} rows, and had {before}"
             warnings.warn(f"{what}: the run skips some of the data, or sees some twice")
@@ -626,8 +639,7 @@ def data_folder(settings, processes):
 
 def count_steps(settings, n_rows):
     """The steps of settings.epochs passes over n_rows rows; the last step may begin another pass."""
-    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
-    return max(1, math.ceil(round(settings.epochs * n_rows / rows_per_step, 6)))
+    return max(1, math.ceil(round(settings.epochs * n_rows / settings.rows_per_step, 6)))
 
 
 def check_shards(sizes):
@@ -655,8 +667,6 @@ def get_batch(data, first, n, device):
     """n rows of `data`: inputs and targets, tensors (n, block_size) on the device; how many targets are not -100."""
     x, y = data.rows(first, n)
     count = int(np.count_nonzero(y != -100))
-    if not count:
-        y = np.zeros_like(y)  # any target will do: the mean over none would be nan, and a weight of 0 leaves it nan
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True), count
@@ -667,20 +677,21 @@ def get_batch(data, first, n, device):
 # The model and the optimizer
 
 
-def build_model(config, weights, setup):
+def build_model(config, weights, setup, is_new=False):
     """A GPT on the device, with the weights of a checkpoint or None for new ones; UserError if it cannot be had.
 
-    With settings.shard each process builds it on the CPU and keeps its part of every parameter on the device.
+    `is_new`: it begins a run, with the predefined gates of settings.gates where there are some. With settings.shard
+    each process builds it on the CPU and keeps its part of every parameter on the device.
     """
     settings = setup.settings
     try:
         torch.manual_seed(settings.seed)
-        model = GPT(config)
-        model = model.to({"float64": torch.float64, "bfloat16_pure": torch.bfloat16}.get(setup.dtype, torch.float32))
+        model = GPT(config).to(DTYPES[setup.dtype])
         for gate in model.gates() if settings.float32_gates else ():
             gate.data = gate.data.float()
         if weights is not None:
             model.load_state_dict(weights)
+        set_gates(model, settings, is_new)
         if settings.recompute:
             for block in model.blocks:
                 block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -722,7 +733,7 @@ def exchange_gradients(model, setup):
     gradients in each micro-step, since the sum of what is not yet exchanged is as large as the whole model."""
     if setup.processes.size == 1 or setup.settings.shard:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # it settles here which gradients it waits for
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # it notes here what is trained
 
 
 def build_optimizer(model, resumed, setup):
@@ -794,12 +805,12 @@ def read_gates(text, config):
 
 def draw_layers(model, optimizer, step, settings, trained):
     """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks only lisa_layers, drawn from the seed and the
-    step, are trained. `trained` holds the ids of what is trained at all. Moments of what is frozen are dropped."""
+    step, are trained. `trained` is what is trained at all. Moments of what is frozen are dropped."""
     rng = random.Random(f"{settings.seed} {step // settings.lisa_interval}")
     drawn = rng.sample(range(len(model.blocks)), settings.lisa_layers)
     for i, block in enumerate(model.blocks):
         for p in block.parameters():
-            p.requires_grad_(i in drawn and id(p) in trained)
+            p.requires_grad_(i in drawn and p in trained)
             if not p.requires_grad:
                 optimizer.state.pop(p, None)
 
@@ -837,9 +848,9 @@ PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 
 
 
 def print_step(record, model, times, setup):
-    """Prints the line of a step from its record for the log. What the log has besides: the speed, in tokens with
-    padding, of the last log_interval steps, and what training adds to the cross-entropy, of this process's last
-    micro-batch."""
+    """Prints the line of a step from its record for the log. Returns what the log has besides: the speed of the last
+    log_interval steps, in tokens (padding too), and the losses that training adds to the cross-entropy, in this
+    process's last micro-batch."""
     settings, step = setup.settings, record["step"]
     rate = settings.tokens_per_step / max(fmean(times.steps), 1e-9)
     more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
@@ -1039,10 +1050,12 @@ class RunFolder:
 
 
 def check_out_dir(settings):
-    """UserError where a new run may not go into out_dir."""
+    """UserError where a run may not go into out_dir."""
     out_dir = Path(settings.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir {out_dir} is a file; it must be a folder")
+    if settings.init_from == "resume":
+        return
     if any(out_dir.glob("ckpt*.pt")) and not settings.overwrite:
         raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite replaces it")
     base = Path(settings.init_from)
@@ -1088,21 +1101,17 @@ def give_second_name(path, name):
 def open_loggers(settings):
     """Functions of (step, {name: number}) for the services that the settings ask for."""
     loggers = []
-    try:
-        package = "wandb"
-        if settings.wandb:
-            import wandb
-
-            board = wandb.init(project="nanoNorm", name=Path(settings.out_dir).name, config=asdict(settings))
-            loggers.append(lambda step, numbers: board.log(numbers, step=step))
-        package = "tensorboard"
-        if settings.tensorboard:
+    if settings.wandb:
+        name, config = Path(settings.out_dir).name, asdict(settings)
+        board = prepare_data.optional("wandb").init(project="nanoNorm", name=name, config=config)
+        loggers.append(lambda step, numbers: board.log(numbers, step=step))
+    if settings.tensorboard:
+        try:
             from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(settings.out_dir)
-            loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
-    except ImportError:
-        raise UserError(f"--{package} needs the package {package}: pip install {package}") from None
+        except ImportError:  # a part of torch, which does not name the package that it lacks
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        writer = SummaryWriter(settings.out_dir)
+        loggers.append(lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()])
     return loggers
 
 
@@ -1112,8 +1121,7 @@ def flat(record):
     numbers = {}
     for name, value in record.items():
         if isinstance(value, list):
-            inner = flat({str(i): v for i, v in enumerate(value, 1)})
-            numbers.update({f"{name}/{i}": v for i, v in inner.items()})
+            numbers |= flat({f"{name}/{i}": v for i, v in enumerate(value, 1)})
         elif isinstance(value, (int, float)) and name != "step":
             numbers[name] = value
     return numbers
@@ -1166,8 +1174,7 @@ class StopRequest:
         self.is_main, self.number, self.sweep = is_main, 0, int(os.environ.get(SWEEP, 0))
 
     def is_asked(self):
-        has_lost_sweep = self.sweep != 0 and self.sweep != os.getppid()  # another process is the parent of an orphan
-        return self.number > 0 or has_lost_sweep
+        return self.number > 0 or self.sweep not in (0, os.getppid())  # another process is the parent of an orphan
 
     @contextmanager
     def listen(self):
@@ -1235,7 +1242,7 @@ def connected_processes():
     processes, has_failed = Processes(), False
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            store, rank, size = next(iter(dist.rendezvous("env://")))
+            store, rank, size = next(dist.rendezvous("env://"))
             processes = Processes(rank, size, store)
             if rank:
                 sys.stdout = open(os.devnull, "w")
@@ -1284,7 +1291,7 @@ def plan(settings):
     count, G, tokens = model.count_params(), 1e9, settings.tokens_per_step * settings.max_iters
     one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
     n_copies = 2 if settings.optimizer == "sgd" else 4  # the weight, its gradient, and Adam's two moments
-    bytes_each = {"bfloat16_pure": 2, "float64": 8}.get(settings.dtype, 4)
+    bytes_each = DTYPES[settings.dtype].itemsize
     state = n_copies * bytes_each * count["total"] / (settings.gpus if settings.shard else 1)
     flops, activations = model.flops_per_token(), activation_bytes(model, settings)
     return (
@@ -1437,8 +1444,7 @@ def build_trial(folder, given):
         usable_device(settings.device)
     setup = Setup(settings, Processes(), torch.device("meta"), "float32")
     with torch.device("meta"):
-        model = build_model(open_data(base, setup).config, None, setup)
-    set_gates(model, settings, is_new=True)
+        build_model(open_data(base, setup).config, None, setup, is_new=True)
     trial = Trial(folder, given, settings)
     if settings.overwrite:
         check_out_dir(settings)
@@ -1466,11 +1472,6 @@ def build_trial(folder, given):
         trial.step, trial.loss = checkpoint["step"], checkpoint["val_loss"]
         trial.outcome = "finished" if trial.step >= settings.max_iters else ""
     return trial
-
-
-def takes_any_gpu(settings):
-    """Whether the run trains on any GPU. (To ask find_device would take memory of one.)"""
-    return settings.device in ("auto", "cuda") and torch.cuda.is_available()
 
 
 def train_trials(trials, stop):

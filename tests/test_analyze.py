@@ -736,6 +736,13 @@ def test_stages_of_a_run(program, folder):
     assert code == 0 and (folder / "out-pre" / "analysis.json").exists()
 
 
+def test_the_current_folder_has_a_name(program, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder / "out-pre")
+    options = "--metrics=removal", "--tokens=64", "--figures=false", f"--analysis_dir={tmp_path}"
+    assert program(".", "../out-gpas_pre", *options)[0] == 0
+    assert {"out-pre", "out-gpas_pre"} <= json.loads((tmp_path / "analysis.json").read_text())["runs"].keys()
+
+
 def test_figures_without_matplotlib(program, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, err = program("out-pre", "--figures")

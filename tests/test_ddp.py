@@ -13,10 +13,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from test_train import EIGHT_STEPS, SHORT, SMALL, Masked, call, equal, examples, folder, losses, read_log  # noqa: F401
 
 import train
+from model import GPTConfig
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 RUN = [*SMALL, *SHORT, "--gradient_accumulation_steps=4", "--log_interval=1", "--dtype=float64"]
@@ -196,6 +198,22 @@ def test_a_mistake_is_one_line_whatever_the_number_of_processes(runs):
     assert len(runs[2]) == len(said)
     for expected in said:  # in any order: the process that does not tell one error may be the first to tell the next
         assert sum(expected in line for line in runs[2]) == 1
+
+
+def test_predefined_gates_of_a_sharded_model(monkeypatch):
+    """They are set before it is sharded: a part of a tensor takes no values of a whole one."""
+    monkeypatch.setattr(train, "read_gates", lambda *_: [[0.1, 0.2], [0.3, 0.4]])
+    given = dict(n_layer=2, n_embd=16, n_head=2, norm="gpas_pre", gate_per="sublayer")
+    settings = train.Settings(**given, gates="a run's folder", shard=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        setup = train.Setup(settings, train.Processes(), torch.device("cpu"), "float32")
+        model = train.build_model(GPTConfig(**given), None, setup, is_new=True)
+        gates = [train.whole(gate.detach()) for gate in model.gates()]
+        assert torch.equal(torch.stack(gates), torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+        assert not any(gate.requires_grad for gate in model.gates())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_two_nodes(folder, runs):  # noqa: F811

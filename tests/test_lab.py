@@ -46,7 +46,7 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(sweep):
-    return analyze.read_sweep(sweep, analyze.Settings([str(sweep)]), "cpu")
+    return analyze.read_sweep(sweep)
 
 
 def program(monkeypatch, capsys, *args):
@@ -96,7 +96,7 @@ def test_a_run_that_was_saved_before_a_setting_existed(tmp_path):
     for of_run in (state["config"], state["settings"]):
         del of_run["s_position"]
     torch.save(state, path)
-    runs = analyze.read_sweep(tmp_path, analyze.Settings([str(tmp_path)]), "cpu")
+    runs = analyze.read_sweep(tmp_path)
     assert [entry["settings"]["s_position"] for entry in runs] == ["norm", "branch"]
 
 
@@ -106,7 +106,7 @@ def test_two_runs_of_the_same_settings_are_told(tmp_path):
     make_run(tmp_path / "b", 2.0, seed=1, norm="pre")
     (tmp_path / "b" / "seed=1,norm=pre").rename(tmp_path / "a" / "seed=1,norm=pre")
     with pytest.warns(match="norm=pre,seed=1 and seed=1,norm=pre do not differ in any setting that is compared: both are counted"):
-        analyze.read_sweep(tmp_path / "a", analyze.Settings([str(tmp_path)]), "cpu")
+        analyze.read_sweep(tmp_path / "a")
 
 
 def test_a_rate_at_which_runs_diverge_is_not_the_best():
@@ -186,15 +186,21 @@ def test_only_names_hold_no_formulas(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda fig, *_, **__: figures.append(fig))
     x = torch.arange(1, 5)
-    lines = {"a$b": (x, 10.0**x), "c$^d": (x, 10.0**x)}
+    lines = {"a$b": (x, 10.0**x), "_c$^d": (x, 10.0**x)}
     analyze.draw_lines(tmp_path / "lines.svg", "x$^y", "layer", {"variance": lines})
     analyze.draw_maps(tmp_path / "maps.svg", "x$^y", {"c$^d": torch.eye(3)}, "layer", "layer")
     for fig in figures:
         fig.draw_without_rendering()
         names = [fig._suptitle, *(text for box in fig.legends for text in box.get_texts()), fig.axes[0].title]
         assert not any(text.get_parse_math() for text in names if "$" in text.get_text())
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(lines)
     ticks = figures[0].axes[0].get_yticklabels()
     assert any("$" in tick.get_text() for tick in ticks) and all(tick.get_parse_math() for tick in ticks)
+
+
+def test_a_number_in_a_log_that_no_float_holds():
+    with pytest.raises(configurator.UserError, match="the log's values of loss are not numbers"):
+        analyze.logged([{"step": 1, "loss": 10**400}], "loss")
 
 
 def test_what_is_not_finite_is_null_in_json():
@@ -230,7 +236,7 @@ def test_seeds_of_one_scheme(tmp_path, monkeypatch, capsys):
 def test_layers_are_averaged_over_finished_runs(monkeypatch, tmp_path):
     make_run(tmp_path / "s", 2.0, norm="pre", learning_rate=0.1, seed=1, variance=(1.0, 3.0))
     make_run(tmp_path / "s", 9.0, norm="pre", learning_rate=0.1, seed=2, variance=(100.0, 300.0), diverged=True)
-    runs, drawn = analyze.read_sweep(tmp_path / "s", analyze.Settings([str(tmp_path / "s")]), "cpu"), {}
+    runs, drawn = analyze.read_sweep(tmp_path / "s"), {}
     monkeypatch.setattr(analyze, "draw_lines", lambda path, title, x, panels, *_, **__: drawn.update({path.name: panels}))
     analyze.draw_groups(runs, tmp_path)
     _, mean, deviation = drawn["layers.svg"]["variance"]["pre"]
@@ -261,6 +267,7 @@ def test_mistakes(sweep, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     for args, message in (
         ([sweep, "--baseline=post"], "baseline is 'post'; norm is one of gpas_lns, pre"),
+        ([sweep, "--baseline=post", "--metrics=stream"], "baseline is 'post'"),  # before the long part
         ([sweep / "norm=pre,learning_rate=0.1,seed=1", sweep], "is a sweep: name it alone"),
         ([sweep, sweep / "norm=pre,learning_rate=0.1,seed=1"], "is a sweep: name it alone"),
         ([tmp_path / "empty"], "no checkpoint"),

@@ -467,16 +467,18 @@ def compress(path, suffix):
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_compressed_files_are_their_content(tmp_path, suffix):
     lines = [f"line {i} größe " + "x" * (i % 970) + "\n" for i in range(3000)]  # more than a job of text
-    (tmp_path / "a.txt").write_text("".join(lines))
+    (tmp_path / "a?.txt").write_text("".join(lines))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:500]))
-    plain = prepare(tmp_path, tmp_path / "a.txt", tmp_path / "b.jsonl", dataset="plain")
-    packed = [compress(tmp_path / name, suffix) for name in ("a.txt", "b.jsonl")]
+    plain = prepare(tmp_path, tmp_path / "a?.txt", tmp_path / "b.jsonl", dataset="plain")
+    packed = [compress(tmp_path / name, suffix) for name in ("a?.txt", "b.jsonl")]
     folder = prepare(tmp_path, tmp_path, dataset="packed")
     assert "".join(sorted(all_documents(plain))) and all_documents(folder) == all_documents(plain)
+    kinds = {"a.txt": "text", "a.txt" + suffix: "text", "a.txt" + 2 * suffix: None, "a.parquet" + suffix: None}
+    assert {name: prepare_data.kind_of(name) for name in kinds} == kinds
     assert (folder / "train_000000.bin").read_bytes() == (plain / "train_000000.bin").read_bytes()
     for damaged in (packed[0].read_bytes()[:-20], packed[0].read_bytes()[:50], b"not compressed at all"):
         packed[0].write_bytes(damaged)
-        with pytest.raises(UserError, match=f"input .*a.txt{suffix} cannot be read: .+"):
+        with pytest.raises(UserError, match=f"input .*a..txt{suffix} cannot be read: .+"):
             prepare(tmp_path, packed[0], dataset="damaged")
         assert not list((tmp_path / "data").glob("*damaged*"))
 
@@ -1067,6 +1069,8 @@ def test_prompts_carry_no_loss(tmp_path, num_workers):
         ids, mask = open_shard(path).astype(int), np.frombuffer(path.with_suffix(".mask").read_bytes(), np.uint8)
         for s in range(0, len(ids) - 16, 16):
             assert by_window[tuple(ids[s : s + 16])] == [i if m else -100 for i, m in zip(ids[s + 1 : s + 17], mask[s + 1 : s + 17])]
+    (tmp_path / "empty.mask").touch()
+    assert not len(prepare_data.open_mask(tmp_path / "empty.bin", np.empty(0, np.uint16)))
     mask = next(folder.glob("train*.mask"))
     flipped = bytearray(mask.read_bytes())
     flipped[7] ^= 1

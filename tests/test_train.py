@@ -332,8 +332,8 @@ def broken_model(hook):
     """Every model that is built runs through hook(model) first."""
     build = train.build_model
 
-    def build_model(*args):
-        model = build(*args)
+    def build_model(*args, **options):
+        model = build(*args, **options)
         hook(model)
         return model
 
@@ -856,6 +856,7 @@ def test_bare_shards_train(folder):
         (["--rows=pages"], "unknown rows 'pages'; known: windows, documents"),
         (["--dataset=large", "--vocab_size=257", "--rows=documents"], "rows=documents needs the end-of-text token"),
         (["--out_dir=text.txt"], "out_dir text.txt is a file; it must be a folder"),
+        (["--init_from=resume", "--out_dir=out-gpas_pre/ckpt.pt"], "ckpt.pt is a file; it must be a folder"),
         (["--init_from=resume", "--out_dir=out-gpas_pre", "--max_iters=3"], "is at step 8, beyond max_iters 3"),
         (["--eval_only", "--sample=x", "--out_dir=out-gpas_pre"], "eval_only and sample are two things"),
         (["--init_from=resume", "--out_dir=out-gpas_pre", "--n_layer=3"], "out-gpas_pre is a model of n_layer 2 (given 3)"),
@@ -1008,9 +1009,11 @@ def test_a_device_of_cuda_has_an_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     with pytest.raises(ValueError):
         set_device(torch.device("cuda"))
-    for name in ("cuda", "cuda:1"):
+    # torch looks at the device that was set: here the second one alone is fast at bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: used[-1] == 1)
+    for name, dtype in (("cuda", "float32"), ("cuda:1", "bfloat16")):
         monkeypatch.setattr(train, "find_device", lambda _: torch.device(name))
-        train.set_up(train.Settings(dtype="float32"), train.Processes())
+        assert train.set_up(train.Settings(), train.Processes()).dtype == dtype
     assert used == [0, 1]
 
 
