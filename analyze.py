@@ -44,6 +44,7 @@ Losses are cross-entropies in nats in evaluation mode, without router terms. Pap
 import functools
 import json
 import math
+import os
 import statistics
 import warnings
 from collections.abc import Callable
@@ -338,7 +339,7 @@ class Attention:
 
     def __init__(self, model, map_size=256):
         L, H = len(model.blocks), model.config.n_head
-        self.maps = zeros(model, L, H, map_size, map_size)
+        self.map_size, self.maps = map_size, None
         self.below, self.entropy = zeros(model, 3, L, H), zeros(model, L, H)
         self.n = self.n_queries = self.n_causal = self.n_all = 0  # sequences, rows of A, entries j <= i, all entries
 
@@ -348,7 +349,10 @@ class Attention:
         self.n_queries += B * T
         self.n_causal += B * T * (T + 1) // 2
         self.n_all += B * T**2
-        P = min(T, self.maps.shape[-1])
+        P = min(T, self.map_size)
+        if self.maps is None:
+            self.maps = zeros(trace.model, *self.entropy.shape, P, P)
+        P = min(P, self.maps.shape[-1])
         self.maps = self.maps[..., :P, :P]  # the positions that all batches so far have
         for l, layer in enumerate(trace.inside):
             if "attention" not in layer:
@@ -643,7 +647,8 @@ experts, removal, permutation = as_function(Experts), as_function(Removal), as_f
 def jacobian(model, batches, layers=None, own_token=False, rows=16):
     """Jacobians of whole blocks y = block(x), a dict, with M = len(layers) (a list of numbers l, all by default):
 
-    layers          (M)        and tokens, N
+    tokens          int        N, of all batches
+    layers          (M)        their numbers l
     matrices        (M, d, d)  J = 1/N sum_t sum_t' dy_t' / dx_t over the N tokens, t and t' of one sequence: the mean
                                over input tokens, cross-token terms included (Sparsity's published code). With own_token
                                only t' = t: the mean of dy_t / dx_t
@@ -662,9 +667,11 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
     function = own_token_attention if own_token else scaled_dot_product_attention
     # the fused kernels have no batched backward pass
     with evaluation(model), sdpa_kernel(SDPBackend.MATH), patch.object(F, "scaled_dot_product_attention", function):
-        for idx, targets in batches:
+        for idx, _ in batches:
             with torch.no_grad():
-                states = Trace(model, idx, targets).states
+                states = [model.embed_norm(model.embed_tokens(idx))]
+                for block in model.blocks[: max(layers)]:
+                    states.append(block(states[-1]))
             for i, l in enumerate(layers):
                 x = states[l - 1].requires_grad_()
                 y = model.blocks[l - 1](x)
@@ -773,7 +780,7 @@ def encode_choice(encoding, config, prompt, choice):
         raise UserError(f"choice {choice[:40]!r} has {len(after)} tokens, more than the block size {config.block_size}")
     ids = torch.tensor(((before or [encoding.eot_token]) + after)[-(config.block_size + 1) :])
     if ids.max() >= config.vocab_size:
-        raise UserError(f"a question holds token {ids.max()}; the model knows {config.vocab_size} tokens")
+        raise UserError(f"a question holds token {ids.max()}; the model knows the tokens below {config.vocab_size}")
     targets = ids[1:].clone()
     targets[: len(targets) - len(after)] = -100
     return ids[:-1], targets
@@ -1066,7 +1073,7 @@ def analyze_run(out_dir, settings, device):
     result = {"run": {"out_dir": str(out_dir), "norm": config.norm, "n_layer": config.n_layer, "n_embd": config.n_embd}}
     result["run"].update(step=checkpoint["step"], data=str(folder), tokens=n_tokens)
 
-    run_name = Path(out_dir).absolute().name
+    run_name = Path(os.path.abspath(out_dir)).name
     if "usefulness" in names:
         options["usefulness"] = {"maps": affine_maps(model, progress(text, f"{run_name}: affine maps"))}
     shared = {}  # the classes share one pass, the functions make their own
@@ -1135,7 +1142,7 @@ def analyze_runs(settings, device):
     is_single = len(settings.out_dirs) == 1
     folder = Path(settings.analysis_dir or (run_folder(settings.out_dirs[0]) if is_single else "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
-    names = [Path(out_dir).absolute().name for out_dir in settings.out_dirs]  # "." has a name too
+    names = [Path(os.path.abspath(out_dir)).name for out_dir in settings.out_dirs]  # "." alone has no name
     names = settings.out_dirs if len(set(names)) < len(names) else names
     results = {}
     for name, out_dir in zip(names, settings.out_dirs):
@@ -1178,7 +1185,7 @@ def grid(n, n_columns, width, height):
 
 def label(axis, xlabel, ylabel):
     axis.set_xlabel(xlabel, fontsize=8)
-    axis.set_ylabel(ylabel, fontsize=8)
+    axis.set_ylabel(ylabel, fontsize=8, parse_math=False)  # it may hold a folder's name, and that a $
     axis.tick_params(which="both", labelsize=7)
     axis.grid(alpha=0.3)
 
@@ -1190,7 +1197,7 @@ def legend(fig, axes):
         columns = min(len(handles), 4 if len(handles) <= 12 else 8)
         box = fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
         for text in box.get_texts():
-            text.set_parse_math(False)  # a folder's name may hold $, which is no formula
+            text.set_parse_math(False)
 
 
 def save(fig, path, title):
@@ -1344,8 +1351,8 @@ def logged(log, key):
     records = [record for record in log if key in record]
     try:
         values = torch.tensor([record[key] for record in records], dtype=torch.float64)
-    except (ValueError, TypeError, OverflowError):  # the last of an int beyond float64
-        raise UserError(f"the log's values of {key} are not numbers, or not as many in each line") from None
+    except (ValueError, TypeError, OverflowError):  # OverflowError: an int too large for float64
+        raise UserError(f"the log's values of {key} are not all numbers, or not as many in each line") from None
     return [record["step"] for record in records], values
 
 
@@ -1452,7 +1459,8 @@ def read_sweep(folder):
 
 
 def measure_sweep(runs, folder, settings, device):
-    """Adds to the finished runs' columns and totals those of --metrics. What cannot be measured is told first."""
+    """Adds the columns and totals of --metrics to those of the finished runs. UserError before the first measurement if
+    one of the runs cannot be measured."""
     check_runs([folder / entry["name"] for entry in runs], settings)
     for entry in runs:
         if entry["state"] == "finished":

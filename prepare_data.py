@@ -463,7 +463,7 @@ def write_shards(settings, inputs, source, partial):
             shown = time.monotonic()
             show_progress(state, (total(state, "bytes") - bytes_before) / (shown - started), inputs)
         if train["documents"] > 10_000:  # fewer are too few to judge a corpus by
-            check_problems(settings, state, source, len(waiting))
+            check_problems(settings, state, source)
         if settings.max_tokens and train["tokens"] >= settings.max_tokens:
             break
         if can_continue and not waiting and time.monotonic() - saved >= settings.save_interval:
@@ -535,7 +535,7 @@ def total(state, name):
     return sum(counts[name] for counts in state["splits"].values())
 
 
-def check_problems(settings, state, source, n_waiting):
+def check_problems(settings, state, source, n_waiting=0):
     """UserError if there is no text, or too much of it is broken."""
     n_train, n_kept = state["splits"]["train"]["documents"], total(state, "documents") + n_waiting
     # those of the other two kinds are counted, but are no reason to stop
@@ -886,8 +886,8 @@ def read_jobs(inputs, place, fields):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From pieces to documents: their text as bytes, (text,), (prompt, text), or more turns as (prompt, text, prompt, text).
-# Bytes that are not UTF-8 stay as they are. The functions yield (document, where), where as path:line or path:row
-# or the path alone, and append to the list `problems` what is wrong: (kind, where).
+# Bytes that are not UTF-8 stay as they are. The functions yield (document, where); `where` is path:line, path:row or
+# the path alone. They append to the list `problems` what is wrong: (kind, where).
 
 MAX_DOCUMENT = 1 << 16  # bytes: longer texts are cut, so that a single file still has a held-out part
 BLANK_LINE = "\n\n"
@@ -1089,8 +1089,8 @@ def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
 
 
 def submit(pool, job):
-    """Gives a job to the pool, which may start a worker process for it, until all of them run. Ctrl-C is for this
-    process alone: workers start with it blocked. BrokenProcessPool if one does not start."""
+    """Gives a job to the pool, which starts its worker processes as jobs come. Ctrl-C is for this process alone:
+    workers start with it blocked. BrokenProcessPool if one does not start."""
     can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
     if can_block:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits what is blocked
@@ -1221,17 +1221,17 @@ def train_bpe(inputs, settings):
 def sample_texts(inputs, settings):
     """Some bpe_sample bytes of documents that are not held out: the beginning of each input, the inputs in a random
     order and in equal parts but for small ones."""
-    total, share = 0, max(1_000_000, settings.bpe_sample // len(inputs))
+    n_bytes, share = 0, max(1_000_000, settings.bpe_sample // len(inputs))
     for source in random.Random(settings.seed).sample(inputs, len(inputs)):
-        enough = min(total + share, settings.bpe_sample)
+        enough = min(n_bytes + share, settings.bpe_sample)
         for job, _ in read_jobs([source], Place(), settings.fields):
             for values, _ in read_documents(job, settings, []):
                 if document_hash(values) >= settings.val_fraction:
                     yield b"\n".join(values).decode(errors="replace")
-                    total += sum(map(len, values))
-            if total >= enough:
+                    n_bytes += sum(map(len, values))
+            if n_bytes >= enough:
                 break
-        if total >= settings.bpe_sample:
+        if n_bytes >= settings.bpe_sample:
             return
 
 

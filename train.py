@@ -58,7 +58,7 @@ from configurator import UserError, build_settings, read_config_file, read_log, 
 from model import GPT, GPTConfig, find_device, find_scheme, load_checkpoint
 from prepare_data import TokenData
 
-# The type of the weights. bfloat16 is autocast, which leaves them in float32; auto becomes bfloat16 or float32.
+# --dtype: the type of the weights. bfloat16 is autocast, which leaves them in float32; auto becomes it, or float32.
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.float32}
 DTYPES |= {"bfloat16_pure": torch.bfloat16, "float64": torch.float64}
 
@@ -515,7 +515,7 @@ class Setup:
 
     def without_compile(self):
         """A context in which compiled blocks run as they are written. Hooks would be compiled with a block, and stay in
-        every later step; a text that grows would be compiled again and again."""
+        every later step; a sample grows with each token, and might be compiled for each length."""
         return torch.compiler.set_stance("force_eager") if self.use_compile else nullcontext()
 
 
@@ -559,7 +559,7 @@ def usable_device(name):
 
 
 def takes_any_gpu(settings):
-    """Whether the run trains on any GPU. (To ask find_device would take memory of one.)"""
+    """Whether the run takes whichever GPU it is given, and there is one. (To ask find_device would take its memory.)"""
     return settings.device in ("auto", "cuda") and torch.cuda.is_available()
 
 
@@ -680,7 +680,7 @@ def get_batch(data, first, n, device):
 def build_model(config, weights, setup, is_new=False):
     """A GPT on the device, with the weights of a checkpoint or None for new ones; UserError if it cannot be had.
 
-    `is_new`: it begins a run, with the predefined gates of settings.gates where there are some. With settings.shard
+    `is_new`: it begins a run, so its gates get the values of settings.gates, if these are given. With settings.shard
     each process builds it on the CPU and keeps its part of every parameter on the device.
     """
     settings = setup.settings
@@ -733,7 +733,7 @@ def exchange_gradients(model, setup):
     gradients in each micro-step, since the sum of what is not yet exchanged is as large as the whole model."""
     if setup.processes.size == 1 or setup.settings.shard:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # it notes here what is trained
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # DDP notes here which gradients it exchanges
 
 
 def build_optimizer(model, resumed, setup):
@@ -805,7 +805,7 @@ def read_gates(text, config):
 
 def draw_layers(model, optimizer, step, settings, trained):
     """LISA (Pan et al. 2024, as GPAS section 4.1 uses it): of the blocks only lisa_layers, drawn from the seed and the
-    step, are trained. `trained` is what is trained at all. Moments of what is frozen are dropped."""
+    step, are trained. `trained` is the set of parameters that may be trained. Moments of what is frozen are dropped."""
     rng = random.Random(f"{settings.seed} {step // settings.lisa_interval}")
     drawn = rng.sample(range(len(model.blocks)), settings.lisa_layers)
     for i, block in enumerate(model.blocks):
@@ -1417,7 +1417,8 @@ def sweep(given, processes, stop):
 
     others = {path.parent.name for path in folder.glob("*/ckpt.pt")}.difference(trial.folder.name for trial in trials)
     if others:
-        warnings.warn(f"{folder} also holds runs not of this sweep, such as {min(others)}: analyze.py counts them too")
+        some = f"other runs than this sweep's, such as {min(others)}"
+        warnings.warn(f"{folder} also holds {some}: analyze.py counts them too")
     folder.mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(folder, f"training the runs in {folder}"):
         train_trials(trials, stop)
@@ -1465,7 +1466,7 @@ def build_trial(folder, given):
     was_finished = checkpoint["step"] >= of_run.get("max_iters", 2**63)
     decays = settings.lr_decay_iters is None and settings.min_lr != settings.learning_rate
     if was_finished and decays and settings.max_iters > checkpoint["step"]:
-        where = f"the run there has ended at step {checkpoint['step']}, and its learning rate has fallen to its end"
+        where = f"the run there has ended at step {checkpoint['step']}, where its learning rate had decayed"
         more = "continue it alone with --init_from=resume, or give --overwrite to start all runs anew"
         raise UserError(f"{where}: {more}")
     if not trial.outcome:
@@ -1493,7 +1494,7 @@ def train_trials(trials, stop):
         futures = [pool.submit(train_trial, trial, free, stop) for trial in waiting]
         while wait(futures, timeout=1).not_done:
             share, n_ended = share_done(trials), sum(trial.outcome != "" for trial in trials)
-            if share > before and (is_terminal or n_ended != shown):
+            if share > before + 0.01 and (is_terminal or n_ended != shown):  # the first steps say little of the others
                 left = (time.monotonic() - started) * (1 - share) / (share - before)
                 text = f"{n_ended} of {len(trials)} runs have ended, {share:.0%} of the steps, about {clock(left)} left"
                 print(text.ljust(100), end="\r" if is_terminal else "\n", file=sys.stderr)

@@ -533,7 +533,7 @@ def test_multiple_choice():
     questions[1]["choices"][0] = "x" * 30
     with pytest.raises(UserError, match="31 tokens, more than the block size 24"):
         analyze.multiple_choice(model, questions, encoding)
-    with pytest.raises(UserError, match="token 122; the model knows 122 tokens"):  # the last one, which no model reads
+    with pytest.raises(UserError, match="token 122; the model knows the tokens below 122"):  # the last one, which no model reads
         analyze.encode_choice(encoding, GPTConfig(vocab_size=122), "x", "yz")
 
 

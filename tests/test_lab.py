@@ -187,11 +187,12 @@ def test_only_names_hold_no_formulas(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda fig, *_, **__: figures.append(fig))
     x = torch.arange(1, 5)
     lines = {"a$b": (x, 10.0**x), "_c$^d": (x, 10.0**x)}
-    analyze.draw_lines(tmp_path / "lines.svg", "x$^y", "layer", {"variance": lines})
+    analyze.draw_lines(tmp_path / "lines.svg", "x$^y$", "layer", {"a$^b$: variance": lines})
     analyze.draw_maps(tmp_path / "maps.svg", "x$^y", {"c$^d": torch.eye(3)}, "layer", "layer")
     for fig in figures:
         fig.draw_without_rendering()
-        names = [fig._suptitle, *(text for box in fig.legends for text in box.get_texts()), fig.axes[0].title]
+        names = [fig._suptitle, *(text for box in fig.legends for text in box.get_texts())]
+        names += [text for axis in fig.axes for text in (axis.title, axis.yaxis.label)]
         assert not any(text.get_parse_math() for text in names if "$" in text.get_text())
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(lines)
     ticks = figures[0].axes[0].get_yticklabels()
@@ -199,7 +200,7 @@ def test_only_names_hold_no_formulas(tmp_path, monkeypatch):
 
 
 def test_a_number_in_a_log_that_no_float_holds():
-    with pytest.raises(configurator.UserError, match="the log's values of loss are not numbers"):
+    with pytest.raises(configurator.UserError, match="the log's values of loss are not all numbers"):
         analyze.logged([{"step": 1, "loss": 10**400}], "loss")
 
 

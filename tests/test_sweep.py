@@ -109,7 +109,7 @@ def test_what_is_finished_or_diverged_is_not_repeated(swept):
     other = swept / "out-sweep" / "norm=lns" / "ckpt.pt"
     other.parent.mkdir()
     other.touch()
-    with pytest.warns(match="out-sweep also holds runs not of this sweep, such as norm=lns: analyze.py counts them too"):
+    with pytest.warns(match="out-sweep also holds other runs than this sweep's, such as norm=lns: analyze.py counts them too"):
         assert call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", cwd=swept).returncode == 0
     shutil.rmtree(other.parent)
 
@@ -137,7 +137,7 @@ def test_a_longer_schedule_than_that_of_a_finished_run(swept):
     """Its learning rate has decayed: the average would be over runs of two schedules."""
     before = files(swept / "out-sweep")
     done = call("tiny.py", "norms.py", "--learning_rate=1e-3,1e38", "--max_iters=8", cwd=swept)
-    assert done.returncode == 2 and "has ended at step 4, and its learning rate has fallen to its end" in done.stderr
+    assert done.returncode == 2 and "has ended at step 4, where its learning rate had decayed" in done.stderr
     assert files(swept / "out-sweep") == before
 
 

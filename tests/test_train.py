@@ -1041,7 +1041,7 @@ def test_two_names_of_one_file(tmp_path):
 
 def test_the_report_takes_no_more_sequences_than_a_batch(folder, tmp_path):
     sizes = []
-    with mock.patch.object(train, "stream_report", lambda model, x, y, autocast: sizes.append(len(x)) or {"variance": [1.0, 1.0]}):
+    with mock.patch.object(train, "stream_report", lambda model, x, y, setup: sizes.append(len(x)) or {"variance": [1.0, 1.0]}):
         assert call(*SMALL, *SHORT, "--batch_size=3", "--max_iters=1", f"--out_dir={tmp_path}", cwd=folder).returncode == 0
     assert sizes == [3, 3]
 
