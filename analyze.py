@@ -670,7 +670,7 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
         for idx, _ in batches:
             with torch.no_grad():
                 states = [model.embed_norm(model.embed_tokens(idx))]
-                for block in model.blocks[: max(layers)]:
+                for block in model.blocks[: max(layers) - 1]:
                     states.append(block(states[-1]))
             for i, l in enumerate(layers):
                 x = states[l - 1].requires_grad_()
