@@ -794,8 +794,8 @@ def unpack(question):
         prompts = [prompts] * len(choices)
         answer = choices.index(answer) if isinstance(answer, str) else answer
     is_index = type(answer) is int and 0 <= answer < len(choices)
-    if type(choices) is not list or len(prompts) != len(choices) or not is_index:
-        raise ValueError("choices is no list, has not as many elements as prompt, or answer is none of them")
+    if type(choices) is not list or type(prompts) is not list or len(prompts) != len(choices) or not is_index:
+        raise ValueError("prompt or choices is no list, one is longer than the other, or answer is none of them")
     "".join([*prompts, *choices]).encode()  # all are texts; half of a surrogate pair has no bytes
     return prompts, choices, answer
 
@@ -1346,13 +1346,13 @@ LOGGED = {
 }
 
 
-def logged(log, key):
-    """(steps, values) of what a log holds under a key: one value for each step, float64, of any shape."""
+def logged(log, key, run_name):
+    """(steps, values) of what a run's log holds under a key: one value for each step, float64, of any shape."""
     records = [record for record in log if key in record]
     try:
         values = torch.tensor([record[key] for record in records], dtype=torch.float64)
     except (ValueError, TypeError, OverflowError):  # OverflowError: an int too large for float64
-        raise UserError(f"the log's values of {key} are not all numbers, or not as many in each line") from None
+        raise UserError(f"{run_name}: {key} in its log is not all numbers, or not as many in each line") from None
     return [record["step"] for record in records], values
 
 
@@ -1367,7 +1367,7 @@ def draw_training(results, folder):
     for key, ylabel in LOGGED.items():
         lines = {}
         for run_name, log in logs.items():
-            steps, values = logged(log, key)
+            steps, values = logged(log, key, run_name)
             if not steps:
                 continue
             if values.dim() == 3:  # a gate for each sub-layer
@@ -1428,15 +1428,15 @@ def read_sweep(folder):
         state = "finished" if checkpoint["step"] >= given.get("max_iters", 0) else "unfinished"
         if any("diverged" in record for record in log):
             state = "diverged"
-        steps, variance = logged(log, "variance")  # (steps, L)
+        steps, variance = logged(log, "variance", run_dir)  # (steps, L)
         if steps:
             columns["variance"], totals["last variance"] = variance[-1], variance[-1, -1].item()
             curves["last layer's variance"] = list(zip(steps, variance[:, -1].tolist()))
-        steps, gates = logged(log, "gates")  # (steps, L), or (steps, L, 2) with one a sub-layer
+        steps, gates = logged(log, "gates", run_dir)  # (steps, L), or (steps, L, 2) with one a sub-layer
         if steps:
             scales = gate_scale(gates[-1], model.config.gpas_act).reshape(gates.shape[1], -1).mean(1)
             columns["1 - act(a)"], totals["mean gate scale"] = scales, scales.mean().item()
-        steps, losses = logged(log, "loss")
+        steps, losses = logged(log, "loss", run_dir)
         curves["training loss, nats"] = list(zip(steps, losses.tolist()))
         entry = {"name": run_dir.name, "state": state, "step": checkpoint["step"], "loss": checkpoint.get("val_loss")}
         entry |= {"columns": columns, "totals": totals, "curves": curves}

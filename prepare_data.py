@@ -177,6 +177,8 @@ def find_data(dataset, data_dir, split):
             return folder
         if folder.is_dir() and split == "train":
             raise UserError(f"{folder} holds no train shards (train_*.bin)")
+    if Path(dataset).name != dataset:
+        raise UserError(f"no data set: {dataset} is no folder with {split} shards, in {data_dir}/ or by itself")
     source = "" if dataset in (*CORPORA, "stdlib") else "--input=PATH "
     command = f"python prepare_data.py {source}--dataset={dataset}{data_dir_setting(data_dir)}"
     raise UserError(f"no data set {dataset!r} with {split} shards in {data_dir}/; make it with: {command}")
@@ -1172,7 +1174,7 @@ def get_tokenizer(name, eot_token=""):
     """
     if name == "byte":
         return byte_encoding()
-    if os.path.isdir(name):
+    if os.path.isdir(name) and name not in tiktoken.list_encoding_names():  # ./gpt2 is the folder of that name
         meta = read_meta(name)
         if not meta:
             raise UserError(f"tokenizer {name}: the folder is no data set, it has no meta.json")

@@ -777,6 +777,7 @@ def test_text_of_another_tokenizer(program, folder):
         (["out-pre", "--choices=none.jsonl"], "choices none.jsonl: No such file"),
         (["out-pre", "--choices=bad.jsonl"], "bad.jsonl:2 is not a question"),
         (["out-pre", "--choices=odd.jsonl"], "odd.jsonl:1 is not a question"),
+        (["out-pre", "--choices=keys.jsonl"], "keys.jsonl:1 is not a question"),
         (["out-pre", "--layers=4"], "layers 1 to 3"),
         (["out-pre", "--layers=0"], "numbers from 1"),
         (["out-pre", "--tokens=0"], "tokens is 0"),
@@ -791,6 +792,7 @@ def test_mistakes(program, folder, args, message):
     (folder / "broken" / "ckpt.pt").write_bytes((folder / "out-pre" / "ckpt.pt").read_bytes()[:3000])
     good = json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": "c"})
     (folder / "odd.jsonl").write_text(json.dumps({"prompt": "a", "choices": {"b": 1}, "answer": "b"}) + "\n")
+    (folder / "keys.jsonl").write_text(json.dumps({"prompt": {"a": 1, "b": 2}, "choices": ["c", "d"], "answer": 0}) + "\n")
     (folder / "bad.jsonl").write_text(good + "\n" + good.replace('"answer": "c"', '"answer": 2') + "\n")
     code, _, err = program(*args)
     assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1

@@ -200,8 +200,8 @@ def test_only_names_hold_no_formulas(tmp_path, monkeypatch):
 
 
 def test_a_number_in_a_log_that_no_float_holds():
-    with pytest.raises(configurator.UserError, match="the log's values of loss are not all numbers"):
-        analyze.logged([{"step": 1, "loss": 10**400}], "loss")
+    with pytest.raises(configurator.UserError, match="out-a: loss in its log is not all numbers"):
+        analyze.logged([{"step": 1, "loss": 10**400}], "loss", "out-a")
 
 
 def test_what_is_not_finite_is_null_in_json():

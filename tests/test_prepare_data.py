@@ -292,6 +292,8 @@ def test_unknown_and_unreachable_tokenizers(tmp_path, monkeypatch):
         raise ConnectionError("no route to host\nsecond line")
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()  # does not hide tiktoken's
     with pytest.raises(UserError, match="cannot be downloaded") as error:
         prepare_data.get_tokenizer("gpt2")
     assert "\n" not in str(error.value) and "--tokenizer=byte" in str(error.value)
@@ -1206,6 +1208,7 @@ def test_a_library_that_lacks_another_names_it(monkeypatch):
         ("mine", "data", "prepare_data.py --input=PATH --dataset=mine$"),
         ("stdlib", "data", "prepare_data.py --dataset=stdlib$"),
         ("c4", "far", "prepare_data.py --dataset=c4 --data_dir=far$"),
+        ("/far/mine", "data", "/far/mine is no folder with train shards, in data/ or by itself$"),  # not a name to give
     ],
 )
 def test_missing_data_name_the_command_that_makes_them(tmp_path, monkeypatch, dataset, data_dir, command):
