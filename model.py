@@ -154,17 +154,21 @@ class Scheme:
     init: str = "normal"
 
     def __post_init__(self):
-        for name in ("alpha", "s"):
-            factor = getattr(self, name)
-            if factor is not None and not callable(factor):
-                raise ValueError(f"{name} is {factor}; it must be a function, such as lambda n: 0.5")
+        for name, of in (("norms", "config, l, is_mlp"), ("alpha", "L"), ("s", "l")):
+            value = getattr(self, name)
+            if value is None or name == "norms" and isinstance(value, str):
+                continue
+            try:
+                inspect.signature(value).bind(*of.split(", "))
+            except TypeError:  # no function, or of other arguments
+                raise ValueError(f"{name} is {value!r}; it must be a function of ({of})") from None
         if isinstance(self.norms, str):
             self.places(config=None, l=1, is_mlp=False)
 
     def places(self, config, l, is_mlp):
         """The places with a norm in a sub-layer of layer l. ValueError for a constant that has no effect there."""
         places = self.norms if isinstance(self.norms, str) else self.norms(config, l, is_mlp)
-        if not set(places) <= set("ABC") or self.norms == "":
+        if not isinstance(places, str) or not set(places) <= set("ABC") or self.norms == "":
             raise ValueError(f"a scheme needs norms at A, B or C, got {places!r}")
         for constant, place in (("alpha", "C"), ("omega", "C"), ("b2t", "C"), ("s", "A")):
             if getattr(self, constant) and place not in places:
@@ -362,6 +366,7 @@ def dynamic_tanh(norm, x):
     return y if norm.weight is None else y * norm.weight + norm.bias
 
 
+# n.weight, the gain, is None with norm_affine=false.
 NORM_TYPES = {
     "rmsnorm": lambda n, x: F.rms_norm(x, x.shape[-1:], n.weight, n.eps),  # x / sqrt(mean(x^2) + eps) * weight
     "layernorm": lambda n, x: F.layer_norm(x, x.shape[-1:], n.weight, None, n.eps),  # the same of x - mean(x)
@@ -604,7 +609,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.is_meta:
                 return
-            if p.dim() == 1:
+            if p.dim() < 2:
                 p.fill_(self.initial_value(name))
                 continue
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
@@ -615,7 +620,7 @@ class GPT(nn.Module):
             self.profile_omega(idx.to(self.lm_head.weight.device))
 
     def initial_value(self, name):
-        """What every element of the vector parameter `name` starts from."""
+        """What every element of the vector parameter `name` starts from; ValueError for one that is not named here."""
         c, (owner, _, kind) = self.config, name.rpartition(".")
         if kind == "gate":
             return c.gate_init
@@ -623,7 +628,11 @@ class GPT(nn.Module):
             return BRANCH_SCALES[c.branch_scale](c)[0].item()
         if owner.endswith(".pre_norm") and kind == "weight" and c.s_position == "gain":
             return self.get_submodule(owner.removesuffix(".pre_norm")).s
-        return {"weight": 1.0, "omega": 1.0, "bias": 0.0, "alpha": c.dyt_alpha}[kind]
+        if kind == "alpha" and owner.endswith("norm"):
+            return c.dyt_alpha
+        if kind not in ("weight", "omega", "bias"):
+            raise ValueError(f"nothing says what {name} starts from: add it to GPT.initial_value")
+        return 0.0 if kind == "bias" else 1.0
 
     @torch.no_grad()
     def profile_omega(self, idx):

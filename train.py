@@ -893,7 +893,7 @@ def stream_report(model, x, y, setup):
     grad_norms      norm of the gradient of the layer's parameters, and `grad_variance`, the variance of its elements
                     (Peri-LN Figure 7), of the loss without routers' terms; what is frozen has no gradient
     gates           the GPAS gates a, two for a layer with one per sub-layer (the scale is 1 - act(a)); absent without
-    attn_out_gain, mlp_out_gain   mean gain of the norm B (Peri-LN Figure 9b); absent without
+    attn_out_gain, mlp_out_gain   mean gain of the norm B (Peri-LN Figure 9b); absent where not every layer has one
 
     and of the model: embed_variance, the variance of the embedding's output, and top, the 100 largest |x| of all
     layers' states (Peri-LN Figure 11).

@@ -66,7 +66,7 @@ def attention(x, P, c):
     return out.reshape(B, T, -1) @ P["o_proj.weight"].T
 
 
-def mlp(x, P):
+def mlp(x, P, c):
     gate = x @ P["gate_proj.weight"].T
     return (gate * torch.sigmoid(gate) * (x @ P["up_proj.weight"].T)) @ P["down_proj.weight"].T
 
@@ -102,7 +102,7 @@ def forward(P, c, idx, gpas=None, norm=None):
         own = {k.removeprefix(layer): p for k, p in P.items() if k.startswith(layer)}
         for part in ("attn", "mlp"):
             sub = {k.removeprefix(part + "."): p for k, p in own.items()}
-            f = (lambda x: attention(x, sub, c)) if part == "attn" else (lambda x: mlp(x, sub))
+            f = (lambda x: attention(x, sub, c)) if part == "attn" else (lambda x: mlp(x, sub, c))
             A, B, C = ((lambda x, k=k: norm(x, own, f"{part}_residual.{k}_norm", c)) for k in ("pre", "out", "post"))
             # Where the gate, LNS's s and the branch's factor b act. Without them read stream(x) as x, branch(h) as h
             # and normed(x) as A(x).

@@ -34,7 +34,7 @@ def naive_moe(x, P, c):
                 h = g @ token
                 y = y + p[i] / total * (d @ (h * torch.sigmoid(h) * (u @ token)))
             if c.n_expert_shared:
-                shared = reference.mlp(token, {k.removeprefix("shared."): v for k, v in P.items()})
+                shared = reference.mlp(token, {k.removeprefix("shared."): v for k, v in P.items()}, c)
                 k = c.n_expert_active
                 y = (shared + k * y) / (k + 1) if c.average_shared else y + shared
             out[b, t] = y
