@@ -367,7 +367,8 @@ def tensor_pairs(model, theirs, family):
             parts[name] = tensor
     if left := ours.keys() ^ parts.keys():
         version = prepare_data.optional("transformers").__version__
-        raise UserError(f"{min(left)} has no counterpart in the table; it is for transformers 5.24, here is {version}")
+        known = f"the parameters of model.py and transformers 5.24 (here is {version})"
+        raise UserError(f"{min(left)} has no counterpart in the table, which knows {known}")
     for name, tensor in parts.items():
         our = ours[name]
         if family.is_interleaved and ("q_proj" in name or "k_proj" in name):

@@ -437,7 +437,7 @@ def test_a_tensor_that_the_table_does_not_know(transformers, monkeypatch, tmp_pa
     fewer = {theirs: ours for theirs, ours in row.norm_names.items() if theirs != "input_layernorm"}
     monkeypatch.setitem(FAMILIES, "llama", interchange.replace(row, norm_names=fewer))
     for use in (lambda: import_hf(tmp_path / "there"), lambda: export_hf(GPT(small("pre")), tmp_path / "again")):
-        with pytest.raises(UserError, match="norm.weight has no counterpart in the table; it is for transformers"):
+        with pytest.raises(UserError, match="norm.weight has no counterpart in the table, which knows the parameters of model.py and transformers"):
             use()
 
 
