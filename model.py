@@ -630,9 +630,10 @@ class GPT(nn.Module):
             return self.get_submodule(owner.removesuffix(".pre_norm")).s
         if kind == "alpha" and owner.endswith("norm"):
             return c.dyt_alpha
-        if kind not in ("weight", "omega", "bias"):
+        starts = {"weight": 1.0, "omega": 1.0, "bias": 0.0}
+        if kind not in starts:
             raise ValueError(f"nothing says what {name} starts from: add it to GPT.initial_value")
-        return 0.0 if kind == "bias" else 1.0
+        return starts[kind]
 
     @torch.no_grad()
     def profile_omega(self, idx):
