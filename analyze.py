@@ -58,6 +58,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention  # torch's own, also while another stands in for it
 from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
@@ -163,9 +164,6 @@ def look_inside(block, x):
             stack.enter_context(module.register_forward_hook(functools.partial(note, name)))
         block(x)
     return seen
-
-
-scaled_dot_product_attention = F.scaled_dot_product_attention  # torch's own, also while another stands in for it
 
 
 def apply(blocks, x):
@@ -339,8 +337,8 @@ class Attention:
 
     def __init__(self, model, map_size=256):
         L, H = len(model.blocks), model.config.n_head
-        self.map_size, self.maps = map_size, None
         self.below, self.entropy = zeros(model, 3, L, H), zeros(model, L, H)
+        self.maps = zeros(model, L, H, map_size, map_size)
         self.n = self.n_queries = self.n_causal = self.n_all = 0  # sequences, rows of A, entries j <= i, all entries
 
     def update(self, trace):
@@ -349,11 +347,8 @@ class Attention:
         self.n_queries += B * T
         self.n_causal += B * T * (T + 1) // 2
         self.n_all += B * T**2
-        P = min(T, self.map_size)
-        if self.maps is None:
-            self.maps = zeros(trace.model, *self.entropy.shape, P, P)
-        P = min(P, self.maps.shape[-1])
-        self.maps = self.maps[..., :P, :P]  # the positions that all batches so far have
+        self.maps = self.maps[..., :T, :T]  # the positions that all batches so far have
+        P = self.maps.shape[-1]
         for l, layer in enumerate(trace.inside):
             if "attention" not in layer:
                 self.below[:, l], self.entropy[l], self.maps[l] = math.nan, math.nan, math.nan
@@ -458,8 +453,9 @@ WEIGHT_THRESHOLDS = 1e-1, 1e-2, 1e-4
 def weights(model, batches=None):
     """What the parameters say by themselves, a dict (no text is needed):
 
-    attn_norm, mlp_norm          (L)     Frobenius norm of all matrices of the attention, of the MLP (GPAS Figure 6
-                                         shows the ratio of two runs' norms)
+    attn_norm, mlp_norm          (L)     Frobenius norm of all matrices of the attention, of the MLP; where several runs
+                                         are compared, analyze_runs adds attn_norm_ratio and mlp_norm_ratio, these over
+                                         those of the first run (GPAS Figure 6)
     gates, gate_scale            (L, 1)  gates a_l and 1 - act(a_l) (GPAS Figure 3); (L, 2) with one a sub-layer; absent
                                          without gates
     attn_out_gain, mlp_out_gain  (L)     mean gain of the norm B (Peri-LN Figure 9b); nan in layers without
@@ -625,7 +621,8 @@ def affine_maps(model, batches):
         raise UserError(f"usefulness: {n} tokens cannot fit a map of {d} dimensions and a bias; {d + 1} or more can")
     if n < 4 * d:
         warnings.warn(f"usefulness: {n} tokens are few to fit maps of {d} dimensions; {4 * d} or more are better")
-    scale = xx.diagonal(dim1=1, dim2=2).clamp(min=1e-30).rsqrt().unsqueeze(2)  # dimensions of any size weigh alike
+    # D (D xx D)^+ D xy with D = diag(xx)^(-1/2), so that dimensions of any size weigh alike
+    scale = xx.diagonal(dim1=1, dim2=2).clamp(min=1e-30).rsqrt().unsqueeze(2)
     inverse = torch.linalg.pinv(scale * xx * scale.mT, hermitian=True)
     maps = (scale * (inverse @ (scale * xy))).to(model.lm_head.weight.dtype)
     return [(m[:-1].mT.contiguous(), m[-1]) for m in maps]
@@ -964,8 +961,8 @@ def shown_totals(result):
 
 
 def load_run(out_dir, device="cpu"):
-    """(model, checkpoint dict) of a run's folder, or of a .pt file; UserError if it is missing or damaged. No code in it
-    is ever run."""
+    """(model, checkpoint dict) of a run's folder, or of a .pt file; UserError if it is missing or damaged. No code in
+    it is ever run."""
     try:
         checkpoint = load_checkpoint(out_dir)
     except ValueError as error:
@@ -1018,8 +1015,8 @@ def load_batches(folder, config, tokens, batch_size, block_size=None, device="cp
 
 
 def plan_run(out_dir, settings, config, checkpoint):
-    """(names of the measures, {name: options}, {name: data, where that is not text}) for a run; UserError for what it
-    cannot be asked."""
+    """(names of the measures, {name: its options}, {name: what it gets in place of the held-out text}) for a run, the
+    last two only of measures that have any; UserError for what it cannot be asked."""
     names = settings.names()
     if "experts" in names and not config.n_expert:
         names.remove("experts")  # check_runs has said so where they were asked for by name
@@ -1221,7 +1218,7 @@ def draw_lines(path, title, xlabel, panels, names=(), n_columns=3, xticks=None):
     for axis, (ylabel, lines) in zip(axes, panels.items()):
         for name, (x, y, *_) in lines.items():
             axis.plot(x, y, label=name, markevery=max(1, len(x) // 12), **styles[name])
-        low, high = axis.dataLim.intervaly
+        low, high = axis.dataLim.intervaly  # of the lines: their bands, which may go below 0, come after
         if low > 0 and high > 10 * low:
             axis.set_yscale("log")
         for name, (x, y, *deviation) in lines.items():
@@ -1397,7 +1394,7 @@ DERIVED = {
     "freeze_gates": "norm gates",
     **dict.fromkeys("norm_type embed_norm qk_norm v_norm branch_scale init".split(), "norm"),
 }
-# How a run is computed and watched.
+# Settings that are no difference between runs: how a run is computed and watched.
 IGNORED = "out_dir data_dir overwrite init_from device compile recompute jobs vocab_size".split()
 IGNORED += "eval_iters last_eval_iters eval_interval log_interval keep_every".split()
 IGNORED += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split()
@@ -1449,11 +1446,9 @@ def read_sweep(folder):
         names = ["norm", *names]  # one scheme, over seeds
     for entry in runs:
         entry["settings"] = {name: entry["settings"].get(name) for name in names}
-    by_settings = {}
-    for entry in runs:
-        twin = by_settings.setdefault(tuple(entry["settings"].items()), entry)
-        if twin is not entry:
-            both = f"{twin['name']} and {entry['name']}"
+    for first, *twins in by_group(runs, without=()).values():
+        for twin in twins:
+            both = f"{first['name']} and {twin['name']}"
             warnings.warn(f"{both} do not differ in any setting that is compared: both are counted")
     return runs
 
@@ -1462,12 +1457,11 @@ def measure_sweep(runs, folder, settings, device):
     """Adds the columns and totals of --metrics to those of the finished runs. UserError before the first measurement if
     one of the runs cannot be measured."""
     check_runs([folder / entry["name"] for entry in runs], settings)
-    for entry in runs:
-        if entry["state"] == "finished":
-            result = analyze_run(folder / entry["name"], settings, device)
-            entry["totals"] |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
-            for group in shown_columns(result).values():
-                entry["columns"] |= {title: values[1:] for title, values in group.items()}
+    for entry in finished(runs):
+        result = analyze_run(folder / entry["name"], settings, device)
+        entry["totals"] |= {k: v for k, v in shown_totals(result).items() if isinstance(v, (int, float))}
+        for columns in shown_columns(result).values():
+            entry["columns"] |= {title: values[1:] for title, values in columns.items()}
 
 
 def differing(given):
@@ -1477,6 +1471,7 @@ def differing(given):
     differ = {name for name in names if len({of_run[name] for of_run in given if name in of_run}) > 1}
 
     def is_decided(name):
+        """Whether runs that agree in what `name` follows from agree in `name` too."""
         pairs = {(tuple(map(of_run.get, DERIVED[name].split())), of_run.get(name)) for of_run in given}
         return len(pairs) == len({sources for sources, _ in pairs})
 
@@ -1498,8 +1493,12 @@ def by_group(runs, without=("seed",)):
     return dict(sorted(groups.items(), key=lambda item: [place(value) for _, value in item[0]]))
 
 
+def finished(runs):
+    return [entry for entry in runs if entry["state"] == "finished"]
+
+
 def finished_losses(runs):
-    return [entry["loss"] for entry in runs if entry["state"] == "finished" and entry["loss"] is not None]
+    return [entry["loss"] for entry in finished(runs) if entry["loss"] is not None]
 
 
 def best_groups(runs):
@@ -1525,13 +1524,9 @@ def paired_differences(group, runs, name, baseline, ignored=()):
     def key(settings):
         return tuple(value for setting, value in settings.items() if setting not in ignored)
 
-    losses = {key(entry["settings"]): entry["loss"] for entry in runs if entry["state"] == "finished"}
-    differences = []
-    for entry in group:
-        partner = losses.get(key(entry["settings"] | {name: baseline}))
-        if entry["state"] == "finished" and None not in (entry["loss"], partner):
-            differences.append(entry["loss"] - partner)
-    return differences
+    losses = {key(entry["settings"]): entry["loss"] for entry in finished(runs)}
+    pairs = [(entry["loss"], losses.get(key(entry["settings"] | {name: baseline}))) for entry in finished(group)]
+    return [loss - partner for loss, partner in pairs if None not in (loss, partner)]
 
 
 def plus_minus(values, digits=4, standard_error=False):
@@ -1553,7 +1548,7 @@ def sweep_tables(runs, baseline):
     head += [title.replace("|", "\\|") for title in titles]
     text = ["Mean ± standard deviation (number of runs); differences: mean ± standard error (number of pairs)."]
     tables = {"All runs": (by_group(runs), ())}
-    if "learning_rate" in names:
+    if "learning_rate" in names:  # pairs then differ in it too, unless it is what is compared
         tables["Each at its best learning rate"] = best_groups(runs), {"learning_rate"}.difference(names[:1])
     for title, (groups, ignored) in tables.items():
         compared = [entry for group in groups.values() for entry in group]
@@ -1566,7 +1561,7 @@ def sweep_tables(runs, baseline):
             row.append(plus_minus(differences, 3, standard_error=True))
             row += [str(states.count("diverged")), str(states.count("unfinished"))]
             for total in titles:
-                values = [entry["totals"].get(total) for entry in group if entry["state"] == "finished"]
+                values = [entry["totals"].get(total) for entry in finished(group)]
                 row.append(plus_minus([value for value in values if value is not None and math.isfinite(value)]))
             text.append("| " + " | ".join(row) + " |")
     return "\n".join(text) + "\n"
@@ -1599,7 +1594,7 @@ def draw_losses(runs, name, folder):
                 line += f", diverged at {value}"
         lines[line] = mean_line(points)
     path, title = folder / f"loss_by_{name}.svg", f"Held-out loss against {name}, mean and deviation over seeds"
-    draw_lines(path, title, name, {"held-out loss, nats": lines}, (), n_columns=2, xticks=values)
+    draw_lines(path, title, name, {"held-out loss, nats": lines}, n_columns=2, xticks=values)
 
 
 def draw_groups(runs, folder):
@@ -1607,14 +1602,15 @@ def draw_groups(runs, folder):
     mean over seeds, and one standard deviation around it. Of a group with finished runs those alone."""
     groups, best = {}, best_groups(runs)
     for key, group in (best or by_group(runs)).items():
-        groups[line_name(key)] = [entry for entry in group if entry["state"] == "finished"] or group
+        groups[line_name(key)] = finished(group) or group
     for part, xlabel, file in (("columns", "layer", "layers"), ("curves", "step", "training")):
         panels = {}
         for ylabel in dict.fromkeys(title for entry in runs for title in entry[part]):
             for line, group in groups.items():
                 points = {}  # {x: a value for each seed}
-                for curve in [entry[part][ylabel] for entry in group if ylabel in entry[part]]:
-                    for x, y in enumerate(curve.tolist(), 1) if part == "columns" else curve:
+                for values in [entry[part][ylabel] for entry in group if ylabel in entry[part]]:
+                    curve = enumerate(values.tolist(), 1) if part == "columns" else values
+                    for x, y in curve:
                         points.setdefault(x, []).append(y)
                 if points:
                     panels.setdefault(ylabel, {})[line] = mean_line(points)
@@ -1683,18 +1679,19 @@ def main():
         if not has_matplotlib:
             print("no figures: they need matplotlib (pip install matplotlib)")
     sweeps = [out_dir for out_dir in settings.out_dirs if is_sweep(out_dir)]
-    if sweeps and len(settings.out_dirs) > 1:
-        raise UserError(f"{sweeps[0]} is a sweep: name it alone")
-    if settings.baseline is not None and not sweeps:
-        raise UserError(f"baseline={settings.baseline} has no effect: {settings.out_dirs[0]} is not a sweep of runs")
-    if sweeps and settings.analysis_dir:
-        raise UserError(f"analysis_dir={settings.analysis_dir} has no effect: the tables of a sweep go into its folder")
-    if sweeps and settings.choices and settings.metrics == "all":
-        raise UserError(f"choices={settings.choices} has no effect on a sweep without --metrics=choices")
-    if sweeps:
-        analyze_sweep(settings, device)
-    else:
+    if not sweeps:
+        if settings.baseline is not None:
+            what = f"{settings.out_dirs[0]} is not a sweep of runs"
+            raise UserError(f"baseline={settings.baseline} has no effect: {what}")
         analyze_runs(settings, device)
+        return
+    if len(settings.out_dirs) > 1:
+        raise UserError(f"{sweeps[0]} is a sweep: name it alone")
+    if settings.analysis_dir:
+        raise UserError(f"analysis_dir={settings.analysis_dir} has no effect: the tables of a sweep go into its folder")
+    if settings.choices and settings.metrics == "all":
+        raise UserError(f"choices={settings.choices} has no effect on a sweep without --metrics=choices")
+    analyze_sweep(settings, device)
 
 
 if __name__ == "__main__":

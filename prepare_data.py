@@ -252,9 +252,9 @@ class TokenData:
         return x, y
 
     def find_row(self, i):
-        """Place in the split (its shards one after the other) of the first token of row i."""
-        epoch, place = divmod(i, len(self))
-        row = permute(place, len(self), key=f"{self.seed} {epoch}".encode())
+        """Position in the split (its shards one after the other) of the first token of row i."""
+        epoch, i = divmod(i, len(self))
+        row = permute(i, len(self), key=f"{self.seed} {epoch}".encode())
         if self.starts is not None:
             return int(self.starts[row])
         shard = np.searchsorted(self.windows, row, side="right") - 1
@@ -278,7 +278,7 @@ class TokenData:
 
 
 def document_starts(shards, eot):
-    """Places in a split (its shards one after the other) of the end-of-text tokens before a text: an int64 array."""
+    """Positions in a split (its shards one after the other) of the end-of-text tokens before a text: an int64 array."""
     starts, offset, was_end = [np.empty(0, np.int64)], 0, False
     for tokens in shards:
         for start in range(0, len(tokens), JOB):
@@ -328,47 +328,46 @@ class ShardWriter:
         self.folder, self.split, self.shard_size = Path(folder), split, shard_size
         self.dtype = np.dtype(token_type(vocab_size))
         self.shards = [] if shards is None else shards  # the caller's own list: it grows as shards are written
-        for path, size in self.last_files().items():
+        for _, path, size in self.last_files():
             if not (path.exists() and path.stat().st_size >= size):
                 raise UserError(f"{path} lost a part: remove {self.folder} to begin anew")
             os.truncate(path, size)  # an interrupted run may have written more
 
     def last_files(self):
-        """{path: bytes} of the last shard's files: that of the tokens, and that of the mask if it has one."""
-        if not self.shards:
-            return {}
-        last = self.shards[-1]
-        path = self.folder / last["file"]
-        sizes = {path: 4 * HEADER + last["tokens"] * self.dtype.itemsize}
-        if "mask_crc32" in last:
-            sizes[path.with_suffix(".mask")] = last["tokens"]
-        return sizes
+        """(name of its checksum, path, bytes) of the last shard's files: the tokens, and the mask if it has one."""
+        for last in self.shards[-1:]:
+            path = self.folder / last["file"]
+            yield "crc32", path, 4 * HEADER + last["tokens"] * self.dtype.itemsize
+            if "mask_crc32" in last:
+                yield "mask_crc32", path.with_suffix(".mask"), last["tokens"]
 
     def write(self, tokens, mask=None):
         """Appends an integer array, and its mask (uint8) in a data set that has any."""
         arrays = {"crc32": tokens.astype(self.dtype, copy=False)}  # each under the name of its checksum
         if mask is not None:
             arrays["mask_crc32"] = mask
-        while len(arrays["crc32"]):
+        start = 0
+        while start < len(tokens):
             if not self.shards or self.shards[-1]["tokens"] == self.shard_size:
                 name = f"{self.split}_{len(self.shards):06d}.bin"
                 self.shards.append({"file": name, "tokens": 0, **dict.fromkeys(arrays, 0)})
-                for path, size in self.last_files().items():
+                for _, path, size in self.last_files():
                     path.write_bytes(bytes(size))  # room for the header
             last = self.shards[-1]
-            n = min(len(arrays["crc32"]), self.shard_size - last["tokens"])
-            for path, checksum in zip(self.last_files(), arrays):
-                part, arrays[checksum] = arrays[checksum][:n], arrays[checksum][n:]
+            end = min(len(tokens), start + self.shard_size - last["tokens"])
+            for checksum, path, _ in self.last_files():
+                part = arrays[checksum][start:end]
                 with open(path, "ab") as file:
                     file.write(part)
                 last[checksum] = zlib.crc32(part, last[checksum])
-            last["tokens"] += n
+            last["tokens"] += end - start
+            start = end
             if last["tokens"] == self.shard_size:
                 self.sync()
 
     def sync(self):
         """Brings the last shard to the disk, with a header that says how long it is."""
-        for path in self.last_files():
+        for _, path, _ in self.last_files():
             with open(path, "r+b") as file:
                 if path.suffix == ".bin":
                     header = np.zeros(HEADER, dtype="<i4")
@@ -501,7 +500,7 @@ def write_batch(documents, settings, writers, state):
     waiting = []
     if documents and not state["splits"]["val"]["documents"]:
         smallest = min(range(len(documents)), key=lambda i: documents[i].hash)
-        if documents[smallest].hash >= settings.val_fraction:
+        if documents[smallest].hash >= settings.val_fraction:  # else the batch itself has one to hold out
             waiting.append(documents.pop(smallest))
     state["batches"] += 1
     rng = np.random.RandomState([settings.seed, state["batches"]])  # a generator whose streams never change
@@ -585,7 +584,7 @@ def begin(settings, inputs, partial):
         file.unlink()
     state = {
         "fingerprint": mark,
-        "tokenizer": save_tokenizer(partial, tokenizer_state(encoding)),
+        "tokenizer": save_tokenizer(partial, tokenizer_state(encoding)),  # as in meta.json
         "place": Place(),  # up to which the inputs are read
         "batches": 0,
         "problems": {},  # kind: (count, first places)
@@ -606,8 +605,8 @@ def fingerprint(settings, inputs):
 
 @contextmanager
 def locked(folder, work):
-    """Keeps other processes from the same work in a folder, where its file system has locks; a process that is killed
-    lets go of it. `work` says in an error what the other one does."""
+    """Keeps other processes of this machine from the same work in a folder, where its file system has locks; a process
+    that is killed lets go of it. `work` says in an error what the other one does."""
     if fcntl is None:
         yield
         return
@@ -788,7 +787,7 @@ def read_lines(source, place, fields):
             if not is_end:
                 end = data.rfind(b"\n") + 1 or whole_characters(data)
                 data, rest = data[:end], data[end:]
-            if data or not offset:
+            if data or not offset:  # an empty input is a piece too, to be counted as empty
                 line += data.count(b"\n")
                 offset += len(data)
                 yield data, Place(index, offset, line)
@@ -946,7 +945,7 @@ def read_documents(job, settings, problems):
         if kind == "text":
             yield from text_documents(path, line, data, problems)
         else:
-            yield from row_documents(kind, path, line, data, settings, problems)
+            yield from row_documents(path, line, data, settings, problems)
 
 
 def text_documents(path, line, data, problems):
@@ -966,12 +965,13 @@ def text_documents(path, line, data, problems):
         line += text.count(b"\n")
 
 
-def row_documents(kind, path, line, data, settings, problems):
-    """The documents of rows, each a line of jsonl or the values of settings.fields."""
-    rows, what = (io.BytesIO(data), "no JSON object with a text") if kind == "jsonl" else (data, "no text")
+def row_documents(path, line, data, settings, problems):
+    """The documents of rows: of the lines of jsonl, bytes, or of a list of rows, the values of settings.fields each."""
+    is_jsonl = isinstance(data, bytes)
+    what = "no JSON object with a text" if is_jsonl else "no text"
     if settings.shape != "text":
         what = f"no row of shape {settings.shape}:"
-    for i, row in enumerate(rows, line):
+    for i, row in enumerate(io.BytesIO(data) if is_jsonl else data, line):
         where = f"{path}:{i}"
         try:
             parts = row_parts(row, settings)
@@ -982,15 +982,16 @@ def row_documents(kind, path, line, data, settings, problems):
             problems.append(("empty", where))
             continue
         try:
-            values = tuple(part.encode() for part in parts)
+            parts = tuple(part.encode() for part in parts)
         except UnicodeEncodeError:  # bytes that surrogateescape stands for come back, other lone surrogates are U+FFFD
             parts = [re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", part) for part in parts]
-            values = tuple(part.encode(errors="surrogateescape") for part in parts)
+            parts = tuple(part.encode(errors="surrogateescape") for part in parts)
             problems.append(("undecodable", where))
-        if len(values) > 1:  # a prompt and its text stay together
-            yield values, where
+        if len(parts) > 1:  # a prompt and its text stay together
+            yield parts, where
         else:
-            yield from (((part,), where) for part in cut(values[0]))
+            for piece in cut(parts[0]):
+                yield (piece,), where
 
 
 def row_parts(row, settings):
@@ -999,8 +1000,8 @@ def row_parts(row, settings):
     if isinstance(row, bytes):
         if not row.strip():
             return [""]
-        values = json.loads(row.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"))
-        row = [values[name] for name in settings.fields]
+        record = json.loads(row.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"))
+        row = [record[name] for name in settings.fields]
     _, make_parts = SHAPES[settings.shape]
     parts = make_parts(*row)
     if not all(isinstance(part, str) for part in parts):
@@ -1019,10 +1020,10 @@ def cut(data):
     return pieces + [data[start:]]
 
 
-def document_hash(values):
+def document_hash(parts):
     """A number from 0 to 1 that is a hash of a document's text. The document is held out where it is below
     val_fraction: the same choice whatever else the corpus holds."""
-    digest = hashlib.blake2b(b"\0".join(values), digest_size=8).digest()
+    digest = hashlib.blake2b(b"\0".join(parts), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -1040,21 +1041,21 @@ class Document(NamedTuple):
 def tokenize(encoding, settings, job):
     """(the Documents of a job, its problems); any process may do it."""
     documents, problems = [], []
-    for values, where in read_documents(job, settings, problems):
-        ids = [encode(encoding, value) for value in values]
-        if isinstance(encoding, JsonTokenizer) and any(decode_bytes(encoding, i) != v for i, v in zip(ids, values)):
+    for parts, where in read_documents(job, settings, problems):
+        ids = [encode(encoding, part) for part in parts]
+        if isinstance(encoding, JsonTokenizer) and any(decode_bytes(encoding, i) != p for i, p in zip(ids, parts)):
             problems.append((ALTERED, where))
-        documents.append(make_document(encoding, ids, values))
+        documents.append(make_document(encoding, ids, parts))
     return documents, problems
 
 
-def make_document(encoding, ids, values):
+def make_document(encoding, ids, parts):
     """The Document of a text, or of prompts and texts by turns: their token ids and their bytes."""
     dtype, mask = token_type(encoding.n_vocab), None
     tokens = np.concatenate([[encoding.eot_token], *ids], dtype=dtype, casting="unsafe")
     if len(ids) > 1:
-        mask = np.concatenate([[1], *(np.full(len(part), i % 2) for i, part in enumerate(ids))]).astype(np.uint8)
-    return Document(tokens, mask, sum(map(len, values)), document_hash(values))
+        mask = np.concatenate([[1], *(np.full(len(some), i % 2) for i, some in enumerate(ids))]).astype(np.uint8)
+    return Document(tokens, mask, sum(map(len, parts)), document_hash(parts))
 
 
 def tokenize_all(jobs, encoding, settings, num_workers, saved_tokenizer):
@@ -1227,10 +1228,10 @@ def sample_texts(inputs, settings):
     for source in random.Random(settings.seed).sample(inputs, len(inputs)):
         enough = min(n_bytes + share, settings.bpe_sample)
         for job, _ in read_jobs([source], Place(), settings.fields):
-            for values, _ in read_documents(job, settings, []):
-                if document_hash(values) >= settings.val_fraction:
-                    yield b"\n".join(values).decode(errors="replace")
-                    n_bytes += sum(map(len, values))
+            for parts, _ in read_documents(job, settings, []):
+                if document_hash(parts) >= settings.val_fraction:
+                    yield b"\n".join(parts).decode(errors="replace")
+                    n_bytes += sum(map(len, parts))
             if n_bytes >= enough:
                 break
         if n_bytes >= settings.bpe_sample:
@@ -1356,7 +1357,7 @@ def read_meta(folder):
 
 def shard_faults(folder, split, meta, with_checksums):
     """What in a split contradicts the manifest `meta`, or cannot be opened, a line each."""
-    counts, paths, total = meta["splits"][split], shard_paths(folder, split), 0
+    counts, paths, n_tokens = meta["splits"][split], shard_paths(folder, split), 0
     listed = {shard["file"]: shard for shard in counts["shards"]}
     missing = sorted(listed.keys() - {path.name for path in paths})
     yield from (f"{folder}/{name} is missing" for name in missing)
@@ -1367,7 +1368,7 @@ def shard_faults(folder, split, meta, with_checksums):
         except UserError as error:
             yield str(error)
             continue
-        total += len(tokens)
+        n_tokens += len(tokens)
         shard, mask_path = listed.get(path.name), path.with_suffix(".mask")
         if shard is None:
             yield f"{path} is not in {folder}/meta.json"
@@ -1379,8 +1380,8 @@ def shard_faults(folder, split, meta, with_checksums):
             for file, array, checksum in ((path, tokens, shard["crc32"]), (mask_path, mask, shard.get("mask_crc32"))):
                 if checksum is not None and zlib.crc32(array) != checksum:
                     yield f"{file} does not have its checksum: its content was changed or damaged"
-    if counts["tokens"] != total:
-        yield f"{folder}/meta.json counts {counts['tokens']} {split} tokens, its shards hold {total}"
+    if counts["tokens"] != n_tokens:
+        yield f"{folder}/meta.json counts {counts['tokens']} {split} tokens, its shards hold {n_tokens}"
 
 
 def verify(folder):

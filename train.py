@@ -240,7 +240,7 @@ def train(checkpoint, data, setup, stop):
     gates = [g for g in model.gates() if g.requires_grad]
     others = [p for group in optimizer.param_groups if group["name"] != "gates" for p in group["params"]]
     # The same weights three times: `model` has the names, `compiled` is what evaluations call, `net` what steps call.
-    compiled = torch.compile(model) if setup.use_compile and not settings.shard else model
+    compiled = torch.compile(model) if setup.use_compile and not setup.compiles_blocks else model
     net = exchange_gradients(compiled, setup)
 
     begin = resumed or NEW_RUN
@@ -279,6 +279,8 @@ def train(checkpoint, data, setup, stop):
             group["lr"] = lr
         if settings.lisa_layers and (step == begin["step"] or step % settings.lisa_interval == 0):
             draw_layers(model, optimizer, step, settings, trained)
+            net = None  # an earlier DDP's buffers go before the next one has its own
+            gc.collect()
             net = exchange_gradients(compiled, setup)
 
         with timed(times.steps):
@@ -506,6 +508,12 @@ class Setup:
     dtype: str
     use_compile: bool = False
 
+    @property
+    def compiles_blocks(self):
+        """Whether each block is compiled by itself, within what shards and recomputes it, not the model as a whole: the
+        compiler cannot look into the gathering of weights, nor recompute experts, which note their load."""
+        return self.use_compile and (self.settings.shard or self.settings.recompute)
+
     def autocast(self):
         """The context in which a model computes. A training pass uses each weight once, so a cache would save no work:
         it would only keep the bfloat16 copies of all weights until the end of the pass."""
@@ -692,8 +700,12 @@ def build_model(config, weights, setup, is_new=False):
         if weights is not None:
             model.load_state_dict(weights)
         set_gates(model, settings, is_new)
-        if settings.recompute:
-            for block in model.blocks:
+        if setup.compiles_blocks:  # they share their code, and each may have an s of its own
+            torch._dynamo.config.recompile_limit = 8 + 4 * config.n_layer
+        for block in model.blocks:
+            if setup.compiles_blocks:
+                block.forward = torch.compile(block.forward)
+            if settings.recompute:
                 block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
         if settings.shard:
             shard_model(model, setup)
@@ -705,14 +717,12 @@ def build_model(config, weights, setup, is_new=False):
 
 def shard_model(model, setup):
     """Spreads a model over the processes (FSDP2). A block's weights are gathered just before it computes, in float32 as
-    autocast expects them, and dropped after; what is compiled is the block, between its gathering and its dropping."""
+    autocast expects them, and dropped after."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(setup.device.type, (setup.processes.size,))
     for block in model.blocks:
-        if setup.use_compile:
-            block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
@@ -1168,10 +1178,11 @@ def first_non_finite(model, batches, setup):
 
 class StopRequest:
     """While it listens, SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a
-    second one ends the process at once. A run of a sweep also stops when the sweep has ended without it."""
+    second one ends the process at once. SIGTERM counts once in five seconds: a scheduler sends it to all processes of a
+    job, and torchrun hands it on. A run of a sweep also stops when the sweep has ended without it."""
 
     def __init__(self, is_main):
-        self.is_main, self.number, self.sweep = is_main, 0, int(os.environ.get(SWEEP, 0))
+        self.is_main, self.number, self.since, self.sweep = is_main, 0, 0.0, int(os.environ.get(SWEEP, 0))
 
     def is_asked(self):
         return self.number > 0 or self.sweep not in (0, os.getppid())  # another process is the parent of an orphan
@@ -1186,11 +1197,14 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def receive(self, number, frame):
+        now = time.monotonic()
+        if self.number == number == signal.SIGTERM and now - self.since < 5:
+            return
         # os.write, since a signal may arrive in the middle of a print
         if self.number:
             os.write(2, b"stopped at once; what was saved before is untouched\n")
             os._exit(128 + number)
-        self.number = number
+        self.number, self.since = number, now
         if self.is_main:
             os.write(2, f"{signal.Signals(number).name}: ends after this step; once more ends at once\n".encode())
 
@@ -1291,6 +1305,7 @@ def plan(settings):
     count, G, tokens = model.count_params(), 1e9, settings.tokens_per_step * settings.max_iters
     one_vocab = count["non_embedding"] + model.lm_head.weight.numel()
     n_copies = 2 if settings.optimizer == "sgd" else 4  # the weight, its gradient, and Adam's two moments
+    n_copies += settings.gpus > 1 and not settings.shard  # the gradient once more, where DDP exchanges it
     bytes_each = DTYPES[settings.dtype].itemsize
     state = n_copies * bytes_each * count["total"] / (settings.gpus if settings.shard else 1)
     flops, activations = model.flops_per_token(), activation_bytes(model, settings)

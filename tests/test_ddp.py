@@ -1,7 +1,7 @@
 """train.py under torchrun, on gloo: the same curves for one and two processes, faults in one of them, sharding.
 
-What only GPUs can show, and nothing here does: nccl, the overlap of computation and exchange, the memory that sharding
-and recomputing save, and compilation under them.
+What only GPUs can show, and nothing here does: nccl, the overlap of computation and exchange, and the memory that
+sharding and recomputing save.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from test_train import EIGHT_STEPS, SHORT, SMALL, Masked, call, equal, examples, folder, losses, read_log  # noqa: F401
+from torch._dynamo.backends.debugging import aot_eager
 
 import train
 from model import GPTConfig
@@ -200,6 +201,45 @@ def test_a_mistake_is_one_line_whatever_the_number_of_processes(runs):
         assert sum(expected in line for line in runs[2]) == 1
 
 
+@pytest.mark.parametrize(
+    "flags, norm, n_layer, n_expert",
+    [(["shard", "recompute"], "lns", 4, 0), (["recompute"], "pre", 2, 2)],
+    ids=["sharded", "experts"],
+)
+def test_every_block_is_compiled_within_what_shards_and_recomputes_it(monkeypatch, flags, norm, n_layer, n_expert):
+    """Each layer has its own s, which makes more kinds of block than the compiler's limit for one function, here 4; and
+    experts note their load as they compute."""
+    given = dict(n_layer=n_layer, n_embd=16, n_head=2, block_size=8, norm=norm, n_expert=n_expert)
+    original, calls, idx = torch.compile, [], torch.arange(16).view(2, 8)
+
+    def backend(graph, inputs):
+        compiled = aot_eager(graph, inputs)
+        return lambda *args: calls.append(graph) or compiled(*args)
+
+    def gradients(use_compile, **flags):
+        settings = train.Settings(**given, **flags)
+        setup = train.Setup(settings, train.Processes(), torch.device("cpu"), "float32", use_compile)
+        model = train.build_model(GPTConfig(**given, vocab_size=20), None, setup)
+        with torch.no_grad():  # as an evaluation does, which has graphs of its own
+            model.eval()(idx)
+        calls.clear()
+        model.train()(idx, idx)[1].backward()
+        return [train.whole(p.grad) for p in model.parameters()]
+
+    monkeypatch.setattr(torch, "compile", lambda f: original(f, backend=backend))
+    torch._dynamo.reset()
+    expected = gradients(use_compile=False)
+    assert not calls
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=4):
+            got = gradients(use_compile=True, **dict.fromkeys(flags, True))
+    finally:
+        dist.destroy_process_group()
+    assert len(calls) == 2 * n_layer  # once forward, once more in the backward pass
+    assert all(torch.allclose(g, e, rtol=1e-4, atol=1e-7) for g, e in zip(got, expected))
+
+
 def test_predefined_gates_of_a_sharded_model(monkeypatch):
     """They are set before it is sharded: a part of a tensor takes no values of a whole one."""
     monkeypatch.setattr(train, "read_gates", lambda *_: [[0.1, 0.2], [0.3, 0.4]])
@@ -218,8 +258,8 @@ def test_predefined_gates_of_a_sharded_model(monkeypatch):
 
 def test_two_nodes(folder, runs):  # noqa: F811
     """The two-node form of the README, both nodes on this machine."""
-    place = f"--rdzv_endpoint=127.0.0.1:{port()}"
-    command = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", place, "--local_addr=127.0.0.1"]
+    place = ["--master_addr=127.0.0.1", f"--master_port={port()}", "--local_addr=127.0.0.1"]
+    command = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", *place]
     args = [*RUN, "--learning_rate=3e-4", "--min_lr=3e-5", "--max_iters=20", "--eval_interval=10", "--norm=gpas_pre"]
     nodes = [
         subprocess.Popen(

@@ -192,8 +192,10 @@ def test_a_dry_run_has_the_vocabulary_of_the_data(monkeypatch):
 
 
 def test_memory_of_weights_gradients_and_moments():
-    """4 copies of a parameter with Adam and 2 with SGD, of 2, 4 or 8 bytes."""
-    for flags, n_bytes in (({}, 16), ({"optimizer": "sgd"}, 8), ({"dtype": "bfloat16_pure"}, 8), ({"dtype": "float64"}, 32)):
+    """4 copies of a parameter with Adam and 2 with SGD, of 2, 4 or 8 bytes; DDP has one more of the gradient."""
+    two = {"dry_run": True, "gpus": 2}
+    cases = [({}, 16), ({"optimizer": "sgd"}, 8), ({"dtype": "bfloat16_pure"}, 8), ({"dtype": "float64"}, 32)]
+    for flags, n_bytes in (*cases, (two, 20), (two | {"shard": True}, 8)):
         settings = train.Settings(n_layer=1, n_embd=1024, n_head=8, vocab_size=1, **flags)
         n = train.GPT(settings.architecture(1)).count_params()["total"]
         assert f"{n_bytes * n / 1e9:.3g} GB of weights" in train.plan(settings), flags

@@ -251,6 +251,29 @@ def test_a_second_signal_ends_at_once():
     assert os.waitstatus_to_exitcode(in_a_child(act)) == 130
 
 
+def test_sigterm_twice_within_seconds_is_one_request():
+    """A scheduler sends it to a process, and torchrun, which has it too, hands it on."""
+
+    def act():
+        stop = train.StopRequest(is_main=False)
+        with stop.listen():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            if stop.is_asked():
+                os._exit(7)
+
+    assert os.waitstatus_to_exitcode(in_a_child(act)) == 7
+
+    def ask_again():
+        stop = train.StopRequest(is_main=False)
+        with stop.listen():
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop.since -= 6
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert os.waitstatus_to_exitcode(in_a_child(ask_again)) == 143
+
+
 @pytest.mark.parametrize("call_name, nth", [("fsync", 1), ("link", 1), ("unlink", 1), ("replace", 1)])
 def test_kill_while_saving(tmp_path, call_name, nth):
     """kill -9 before any of the calls that put a checkpoint in its place: the last one, or the new one, is there."""
