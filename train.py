@@ -854,7 +854,8 @@ def timed(seconds):
 
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
-PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
+PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989}
+PEAK_TFLOPS |= {"B200": 2250, "L40S": 362, "RTX 4090": 165}
 
 
 def print_step(record, model, times, setup):

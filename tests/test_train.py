@@ -14,6 +14,7 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 from unittest import mock
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -801,6 +802,26 @@ def test_fine_tuning(folder):
     assert read_log(folder / "thawed" / "log.jsonl")[-1]["gates"] != log[0]["gates"]
     done = call("--init_from=out-gpas_pre", *args, "--n_layer=3", "--out_dir=other", cwd=folder)
     assert done.returncode == 2 and "out-gpas_pre is a model of n_layer 2 (given 3)" in done.stderr
+
+
+def test_lisa_drops_what_exchanged_gradients_before_it_draws_anew(folder, tmp_path, monkeypatch):
+    """A DDP holds buffers as large as the gradients, and is part of a reference cycle."""
+    nets = []
+
+    class Exchange(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.cycle = model, [self]
+            assert all(net() is None for net in nets)
+            nets.append(weakref.ref(self))
+
+        def forward(self, *batch):
+            return self.model(*batch)
+
+    monkeypatch.setattr(train, "exchange_gradients", lambda model, setup: Exchange(model))
+    args = [*SMALL, *SHORT, "--norm=gpas_pre", "--lisa_layers=1", "--lisa_interval=2", f"--out_dir={tmp_path}"]
+    assert call(*args, cwd=folder).returncode == 0
+    assert len(nets) == 5
 
 
 def test_lisa(folder):
