@@ -58,8 +58,8 @@ SHARE = Annotated[float, (0, 1)]
 
 @dataclass
 class GPTConfig:
-    """The architecture. None means what the comment says and is replaced by it, for good: for another norm or width call
-    GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what cannot be built."""
+    """The architecture. None means what the comment says and is replaced by it, for good: for another norm or width
+    call GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what cannot be built."""
 
     # model
     block_size: COUNT = 256  # longest sequence in training and generation, in tokens
@@ -79,7 +79,7 @@ class GPTConfig:
     n_expert: NATURAL = 0  # experts in place of the MLP; 0: a dense MLP
     n_expert_active: COUNT = 2  # top_k: experts that a token reaches
     n_expert_shared: NATURAL = 0  # experts that every token reaches besides
-    normalize_gates: bool = True  # the chosen experts' router weights sum to 1; false: as in OLMoE and Sparsity's code
+    normalize_gates: bool = True  # the router's weights of the chosen sum to 1; false: as in OLMoE, Sparsity's code
     average_shared: bool = False  # shared experts are averaged in, as in Sparsity's code; false: added
     moe_from: COUNT = 1  # first layer with experts, from 1
     moe_every: COUNT = 1  # experts in every so-many-th layer from there
@@ -97,7 +97,7 @@ class GPTConfig:
     qk_norm_type: Annotated[str | None, NORM_TYPES] = None  # kind of that norm; none: norm_type (Peri-LN: layernorm)
     v_norm: bool | None = None  # values too, in the same way
     mix_ratio: SHARE = 0.25  # mix: share of the layers, from the first, that are Post-LN
-    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: norm: s on A(x); branch: h; residual: x + h; gain: in A
+    s_position: Annotated[str, S_POSITIONS] = "norm"  # lns: s acts on norm: A(x), branch: h, residual: x + h; gain: in A
     freeze_out_gain: bool = False  # the gains of the norms at B stay at 1 (Peri-LN section 5.3)
     branch_scale: Annotated[str | None, BRANCH_SCALES] = None  # learned factor on the branch: a scalar, or a diagonal
     layerscale_init: FINITE = 1e-4  # layerscale: initial value
@@ -178,7 +178,7 @@ class Scheme:
 
 def mix_norms(c, l, is_mlp):
     """Mix-LN: the first layers are Post-LN, the others Pre-LN."""
-    return "C" if l <= math.floor(c.mix_ratio * c.n_layer + 1e-9) else "A"
+    return "C" if l <= math.floor(c.mix_ratio * c.n_layer + 1e-9) else "A"  # 0.29 * 100 is 28.999999999999996
 
 
 def hybrid_norms(c, l, is_mlp):
@@ -229,13 +229,14 @@ def gpas(x, scale, keep=None):
 
         gpas(x) = x - act(a) * sg(x)     forward a multiplication by 1 - act(a), backward the identity
 
-    The last line is this equation. Of a gradient g of the result, x gets g through the first term, and scale gets the
+    The last lines are this equation. Of a gradient g of the result, x gets g through the first term, and scale gets the
     sum of g * x through the second, which gate_scale hands on to the gate, times -act'(a). `keep` ("input" or "output")
     gives the same values and gradients in less memory: see ScaleForwardOnly, which needs a single number as scale.
     """
     if keep and scale.numel() == 1:
         return ScaleForwardOnly.apply(x, scale, keep == "output")
-    return x - (1 - scale) * x.detach()
+    act = 1 - scale
+    return x - act * x.detach()
 
 
 # act: what a gate a becomes (GPAS Table 4).
@@ -252,7 +253,8 @@ GPAS_ACTS = {
 def gate_scale(gate, act="silu"):
     """1 - act(a) of gates a, of any shape: what GPAS scales by."""
     scale = 1 - GPAS_ACTS[act](gate)
-    # Never exactly 0: the form that saves memory, ScaleForwardOnly, divides by its value. Its gradient stays as it is.
+    # ScaleForwardOnly, the form that saves memory, divides by this number: 0 becomes 1e-7. What is returned has this
+    # value and the gradient of scale.
     away_from_zero = torch.copysign(scale.abs().clamp(min=1e-7), scale)
     return scale + (away_from_zero - scale).detach()
 
@@ -315,7 +317,7 @@ class Residual(nn.Module):
             shortcut = self.omega * shortcut
         if layer_input is not None:
             h = h + layer_input
-        return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))  # h + alpha * shortcut
+        return self.post_norm(torch.add(h, shortcut, alpha=self.alpha))  # h + self.alpha * shortcut
 
     def branch(self, x, f, scale=None):
         """h = b * B(f(s * A(x))), what is added to the shortcut."""
@@ -458,8 +460,9 @@ class Block(nn.Module):
         """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
         attn_scale = mlp_scale = None
         if self.gate is not None:
-            scale = gate_scale(self.gate, self.gpas_act).to(self.attn.o_proj.weight.dtype)  # gates may be float32 alone
-            attn_scale, mlp_scale = scale[:1], scale[-1:]
+            scale = gate_scale(self.gate, self.gpas_act)
+            scale = scale.to(self.attn.o_proj.weight.dtype)  # the gates may be float32 where the weights are bfloat16
+            attn_scale, mlp_scale = scale[:1], scale[-1:]  # the same number where a layer has one gate
         layer_input = x if self.b2t else None
         x = self.attn_residual(x, lambda u: self.attn(u, cache), attn_scale)
         return self.mlp_residual(x, self.mlp, mlp_scale, layer_input)
@@ -606,9 +609,9 @@ class GPT(nn.Module):
         c = self.config
         if c.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight  # to_empty makes two of them
+        if self.lm_head.weight.is_meta:  # a model of shapes alone
+            return
         for name, p in self.named_parameters():
-            if p.is_meta:
-                return
             if p.dim() < 2:
                 p.fill_(self.initial_value(name))
                 continue
@@ -831,7 +834,7 @@ grouped_outer.register_fake(lambda g, x, ends, like: torch.empty_like(like))
 class GroupedLinear(torch.autograd.Function):
     """grouped_product with its gradients; not in the operator, since torch.func does not reach into those."""
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # for batched backward passes, such as those of a Jacobian
 
     @staticmethod
     def forward(x, w, ends):
@@ -858,7 +861,7 @@ class ScaleForwardOnly(torch.autograd.Function):
     with from_output, y, and x is then computed as y / scale. The one of the two that a neighbouring operation keeps in
     any case costs no memory. A hook must not change y in place: it would change what is kept."""
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # for batched backward passes, such as those of a Jacobian
 
     @staticmethod
     def forward(x, scale, from_output):
@@ -940,16 +943,16 @@ def mistakes(config):
     """Why a configuration cannot be built, or which of its settings would have no effect: one sentence each. Only the
     first is to be relied on."""
     for name, hint in typing.get_type_hints(GPTConfig, include_extras=True).items():
-        value, kinds = getattr(config, name), (hint, *typing.get_args(hint))  # of `X | None`, X is among the latter
-        declared = [kind.__metadata__[0] for kind in kinds if typing.get_origin(kind) is Annotated]
-        if value is None or not declared:
-            continue
-        limits = list(declared[0])  # least and greatest value, or the known names
-        if isinstance(limits[0], str):
-            if value not in limits:
-                yield f"unknown {name} {value!r}; known: {', '.join(limits)}"
-        elif not limits[0] <= value <= limits[1]:
-            yield f"{name} is {value}; it must lie between {limits[0]} and {limits[1]}"
+        value = getattr(config, name)
+        for kind in (hint, *typing.get_args(hint)):  # of `X | None`, X
+            if value is None or typing.get_origin(kind) is not Annotated:
+                continue
+            limits = tuple(kind.__metadata__[0])  # least and greatest value, or the known names
+            if isinstance(limits[0], str):
+                if value not in limits:
+                    yield f"unknown {name} {value!r}; known: {', '.join(limits)}"
+            elif not limits[0] <= value <= limits[1]:
+                yield f"{name} is {value}; it must lie between {limits[0]} and {limits[1]}"
 
     c = config
     if c.head_dim is None:

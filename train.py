@@ -208,8 +208,8 @@ def main():
             return
         if given.get("jobs"):
             warnings.warn("jobs has no effect: no setting is a list of values")
-        of_run, checkpoint = settings_of_run(given)  # ({}, None) for a new run
-        settings = build_settings(Settings, {**of_run, **given})
+        values, checkpoint = settings_of_run(given)
+        settings = build_settings(Settings, values)
         if settings.dry_run:
             print(plan(settings))
             return
@@ -368,28 +368,6 @@ def evaluate(model, data, setup, n):
     return total / count
 
 
-def describe_model(model, data, setup):
-    count, config = model.count_params(), data.config
-    n = setup.processes.size
-    rows = {"windows": "windows of", "documents": "documents of up to"}[setup.settings.rows]
-    device = f"{n} x {setup.device.type}" if n > 1 else setup.device
-    return (
-        f"{config.norm}: {config.n_layer} layers x {config.n_embd}, {count['total']:,} parameters "
-        f"({count['active']:,} active, {count['non_embedding']:,} without embedding and head), "
-        f"{setup.dtype} on {device}, {len(data.train):,} {rows} {config.block_size} tokens in {data.folder}"
-    )
-
-
-def describe_loss(loss, data):
-    """A held-out loss in nats as a part of a line, and as fields of the log."""
-    record = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
-    text = f"validation loss {loss:.4f}, perplexity {record['perplexity']:.2f}"
-    if data.bits_per_nat:
-        record["bits_per_byte"] = loss * data.bits_per_nat
-        text += f", {record['bits_per_byte']:.4f} bits per byte"
-    return text, record
-
-
 def learning_rate(step, settings):
     """Linear warm-up to learning_rate, cosine decay to min_lr at lr_decay_iters, min_lr from there on."""
     if step < settings.warmup_iters:
@@ -419,19 +397,19 @@ OF_ONE_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus jobs de
 
 
 def settings_of_run(given):
-    """({name: value}, checkpoint): what an earlier run hands on, its settings or, for fine-tuning, its architecture;
-    ({}, None) for a new run. Removes from `given` the values that mean "as the run has it": None, a vocab_size of 0.
-    UserError if what is given contradicts it."""
+    """{name: value}, what is given and, where it leaves it open, what an earlier run hands on: its settings or, for
+    fine-tuning, its architecture. Also the run's checkpoint, None for a new run. UserError if the two contradict."""
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
     if init_from == "scratch" and not is_call:
-        return {}, None
+        return given, None
     is_tuning = init_from not in ("scratch", "resume")
     if is_call and is_tuning:
         raise UserError("init_from begins a run: leave it out, --out_dir names the run to evaluate or to sample")
     folder = init_from if is_tuning else given.get("out_dir") or f"out-{given.get('norm', 'pre')}"
     checkpoint = open_checkpoint(folder)
-    of_run = dict(checkpoint["config"])
+    config = checkpoint["config"]
+    of_run = dict(config)
     if not is_tuning:
         handed_on = Settings.__dataclass_fields__.keys() - OF_ONE_CALL
         of_run = {n: v for n, v in checkpoint["settings"].items() if n in handed_on} | of_run | {"out_dir": folder}
@@ -444,15 +422,14 @@ def settings_of_run(given):
         if given.get("max_iters") is None and new_length:
             for name in ("max_iters", "epochs"):
                 of_run.pop(name, None)
-    for n in {*checkpoint["config"], "freeze_gates"} - {"rope_scaling"}:  # of rope_scaling None is a value: no scaling
-        if n in given and (given[n] is None or n == "vocab_size" and given[n] == 0):  # as the run has it
-            del given[n]
-    fixed = [n for n in checkpoint["config"] if not (is_tuning and n == "block_size")]  # no weight depends on that
-    differ = [n for n in fixed if n in given and given[n] != of_run[n]]
-    if differ:
-        wrong = ", ".join(f"{n} {of_run[n]} (given {given[n]})" for n in differ)
-        raise UserError(f"{folder} is a model of {wrong}")
-    return of_run, checkpoint
+    # None, or a vocab_size of 0, leaves these to the run; of rope_scaling None is a value: no scaling.
+    may_be_open = {*config, "freeze_gates"} - {"rope_scaling"}
+    given = {n: v for n, v in given.items() if not (n in may_be_open and v is None or n == "vocab_size" and v == 0)}
+    fixed = [n for n in config if not (is_tuning and n == "block_size")]  # no weight depends on that
+    wrong = [f"{n} {config[n]} (given {given[n]})" for n in fixed if n in given and given[n] != config[n]]
+    if wrong:
+        raise UserError(f"{folder} is a model of {', '.join(wrong)}")
+    return {**of_run, **given}, checkpoint
 
 
 # What a checkpoint says of a run that has not begun; checkpoints of earlier versions lack some of it.
@@ -695,11 +672,18 @@ def build_model(config, weights, setup, is_new=False):
     try:
         torch.manual_seed(settings.seed)
         model = GPT(config).to(DTYPES[setup.dtype])
-        for gate in model.gates() if settings.float32_gates else ():
-            gate.data = gate.data.float()
+        if settings.float32_gates:
+            for gate in model.gates():
+                gate.data = gate.data.float()
         if weights is not None:
             model.load_state_dict(weights)
-        set_gates(model, settings, is_new)
+        if is_new and settings.gates is not None:
+            try:
+                model.set_gates(read_gates(settings.gates, config))
+            except ValueError as error:
+                raise UserError(f"--gates={settings.gates}: {error}") from None
+        for gate in model.gates():
+            gate.requires_grad_(not settings.freeze_gates and settings.gates is None)
         if setup.compiles_blocks:  # they share their code, and each may have an s of its own
             torch._dynamo.config.recompile_limit = 8 + 4 * config.n_layer
         for block in model.blocks:
@@ -739,11 +723,12 @@ def whole(tree, keep=True):
 
 
 def exchange_gradients(model, setup):
-    """The model as the steps call it: under several processes, each with the whole model, in DDP. FSDP exchanges
-    gradients in each micro-step, since the sum of what is not yet exchanged is as large as the whole model."""
+    """The model as the steps call it: under several processes, each with the whole model, in DDP, which exchanges what
+    requires a gradient when it is made (so LISA makes it anew at each draw). FSDP exchanges gradients in each
+    micro-step, since the sum of what is not yet exchanged is as large as the whole model."""
     if setup.processes.size == 1 or setup.settings.shard:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # DDP notes here which gradients it exchanges
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def build_optimizer(model, resumed, setup):
@@ -783,17 +768,6 @@ def load_moments(optimizer, saved):
     optimizer.load_state_dict({"state": state, "param_groups": now})
 
 
-def set_gates(model, settings, is_new):
-    """Gives a new run its predefined gates (settings.gates), and says of all gates whether they learn."""
-    if settings.gates is not None and is_new:
-        try:
-            model.set_gates(read_gates(settings.gates, model.config))
-        except ValueError as error:
-            raise UserError(f"--gates={settings.gates}: {error}") from None
-    for gate in model.gates():
-        gate.requires_grad_(not settings.freeze_gates and settings.gates is None)
-
-
 def read_gates(text, config):
     """Gate values of each layer, as GPT.set_gates takes them, from a number, a list or the folder of a run (GPAS Table
     5: its final ones); UserError."""
@@ -827,6 +801,28 @@ def draw_layers(model, optimizer, step, settings, trained):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a person sees
+
+
+def describe_model(model, data, setup):
+    count, config = model.count_params(), model.config
+    n = setup.processes.size
+    rows = {"windows": "windows of", "documents": "documents of up to"}[setup.settings.rows]
+    device = f"{n} x {setup.device.type}" if n > 1 else setup.device
+    return (
+        f"{config.norm}: {config.n_layer} layers x {config.n_embd}, {count['total']:,} parameters "
+        f"({count['active']:,} active, {count['non_embedding']:,} without embedding and head), "
+        f"{setup.dtype} on {device}, {len(data.train):,} {rows} {config.block_size} tokens in {data.folder}"
+    )
+
+
+def describe_loss(loss, data):
+    """A held-out loss in nats as a part of a line, and as fields of the log."""
+    record = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    text = f"validation loss {loss:.4f}, perplexity {record['perplexity']:.2f}"
+    if data.bits_per_nat:
+        record["bits_per_byte"] = loss * data.bits_per_nat
+        text += f", {record['bits_per_byte']:.4f} bits per byte"
+    return text, record
 
 
 class Times:
@@ -985,24 +981,26 @@ class RunFolder:
     def __init__(self, resumed, setup):
         """`resumed` is the checkpoint of a run that goes on, or None. Lines of its log for later steps are removed, and
         a line with the settings that have changed is added."""
-        self.setup, self.path, self.loggers, self.lines = setup, Path(setup.settings.out_dir), [], []
+        self.setup, self.path, self.lines = setup, Path(setup.settings.out_dir), []
         self.is_main, self.log_path = setup.processes.rank == 0, self.path / "log.jsonl"
         self.saved_step = resumed["step"] if resumed else None
         step = self.saved_step or 0
         if setup.processes.sum(step)[0] != step * setup.processes.size:
             raise UserError(f"the processes see different checkpoints: {self.path} must be one folder for all of them")
+        self.loggers = open_loggers(setup.settings) if self.is_main else []
+        if not resumed:
+            return
         if self.is_main:
-            self.loggers = open_loggers(setup.settings)
-        if self.is_main and resumed:
             kept = [record for record in read_log(self.log_path) if record["step"] <= self.saved_step]
             text = "".join(json.dumps(record) + "\n" for record in kept)
             save_whole(self.log_path, lambda file: file.write(text.encode()))
-        before, now = resumed["settings"] | resumed["config"] if resumed else {}, asdict(setup.settings)
-        names = [name for name in now if name not in OF_ONE_CALL and before.get(name, now[name]) != now[name]]
-        for name in names:
-            print(f"{name}: {before[name]} before, {now[name]} now")
-        if names:
-            self.log({"step": self.saved_step, "changed": {name: (before[name], now[name]) for name in names}})
+        before, now = resumed["settings"] | resumed["config"], asdict(setup.settings)
+        names = [name for name in now if name in before and name not in OF_ONE_CALL]
+        changed = {n: (before[n], now[n]) for n in names if before[n] != now[n]}
+        for name, (old, new) in changed.items():
+            print(f"{name}: {old} before, {new} now")
+        if changed:
+            self.log({"step": self.saved_step, "changed": changed})
 
     def log(self, record):
         """Adds a line, a dict with `step`, which waits for the first checkpoint."""
@@ -1024,7 +1022,7 @@ class RunFolder:
         state = {
             "model": whole(model.state_dict(), keep=self.is_main),
             "optimizer": whole(optimizer.state_dict(), keep=self.is_main),
-            "config": asdict(data.config),
+            "config": asdict(model.config),
             "step": step,
             "settings": asdict(settings),
             "tokenizer": data.tokenizer,
@@ -1177,13 +1175,18 @@ def first_non_finite(model, batches, setup):
     return places[0] if places else None
 
 
+# The environment variable that tells a run the process id of its sweep.
+SWEEP = "NANONORM_SWEEP"
+
+
 class StopRequest:
     """While it listens, SIGTERM or SIGINT asks the run to finish its step, save and end (`number` is the signal's); a
     second one ends the process at once. SIGTERM counts once in five seconds: a scheduler sends it to all processes of a
     job, and torchrun hands it on. A run of a sweep also stops when the sweep has ended without it."""
 
     def __init__(self, is_main):
-        self.is_main, self.number, self.since, self.sweep = is_main, 0, 0.0, int(os.environ.get(SWEEP, 0))
+        self.is_main, self.number, self.since = is_main, 0, 0.0  # since: when the signal came (time.monotonic())
+        self.sweep = int(os.environ.get(SWEEP, 0))  # 0: this is no run of a sweep
 
     def is_asked(self):
         return self.number > 0 or self.sweep not in (0, os.getppid())  # another process is the parent of an orphan
@@ -1298,8 +1301,8 @@ def plan(settings):
         folder = data_folder(settings, Processes())
         data = TokenData(folder, "train", settings.block_size, 2**31, rows=settings.rows)  # of any vocabulary
         settings.max_iters = count_steps(settings, len(data))
-    places = Path(settings.data_dir) / settings.dataset, settings.dataset
-    meta = prepare_data.read_meta(places[0]) or prepare_data.read_meta(places[1])
+    in_data_dir = Path(settings.data_dir) / settings.dataset
+    meta = prepare_data.read_meta(in_data_dir) or prepare_data.read_meta(settings.dataset)
     vocab_size = settings.vocab_size or meta.get("vocab_size") or prepare_data.byte_encoding().n_vocab
     with torch.device("meta"):
         model = GPT(settings.architecture(vocab_size))
@@ -1352,9 +1355,6 @@ def activation_bytes(model, settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sweeps: lists of values, trained by one process of this program for each combination
 
-# The environment variable that tells a run the process id of its sweep.
-SWEEP = "NANONORM_SWEEP"
-
 # What cannot be a list: folders, how the program is called, and a text that has commas of its own.
 NEVER_LISTS = "out_dir init_from data_dir overwrite jobs eval_only sample dry_run gpus gates".split()
 
@@ -1376,7 +1376,7 @@ class Trial:
     outcome: str = ""  # "finished", "diverged: why" or "failed: why"; empty as long as it is not trained
     started: float = 0.0  # when its process did (time.time())
 
-    def read_log(self):
+    def update(self):
         """Notes step, loss and that it diverged from the run's log. A log that is older than its process, where it has
         one, is an earlier run's."""
         log = self.folder / "log.jsonl"
@@ -1453,8 +1453,8 @@ def sweep(given, processes, stop):
 def build_trial(folder, given):
     """The Trial of a combination as its folder holds it. UserError for what would end its run at the start, and if the
     run that is there has other settings or is being trained."""
-    base_config, base = settings_of_run(given)  # of the run that is fine-tuned
-    settings = build_settings(Settings, {**base_config, **given})
+    values, base = settings_of_run(given)  # base: the checkpoint that is fine-tuned, if any
+    settings = build_settings(Settings, values)
     if settings.shard:
         raise UserError("shard needs torchrun, which does not go with a list of values")
     if not takes_any_gpu(settings):
@@ -1469,7 +1469,7 @@ def build_trial(folder, given):
         return trial
 
     with prepare_data.locked(folder, f"training in {folder}"):
-        trial.read_log()  # which may say that it diverged
+        trial.update()  # which may say that it diverged
         checkpoint = open_checkpoint(folder)
     of_run = dict(checkpoint["settings"])
     if (folder / "settings.py").exists():  # what the sweep last asked of it; its checkpoint may say "resume"
@@ -1524,7 +1524,7 @@ def share_done(trials):
     done = 0
     for trial in trials:
         if trial.started and not trial.outcome:
-            trial.read_log()
+            trial.update()
         done += trial.settings.max_iters if trial.outcome else trial.step
     return done / max(1, sum(trial.settings.max_iters for trial in trials))
 
@@ -1553,7 +1553,7 @@ def train_trial(trial, free, stop):
             time.sleep(0.1)
         process.terminate()  # does nothing if it has ended
         code = process.wait()
-        trial.read_log()
+        trial.update()
         if code == 0:
             trial.outcome = "finished"
         elif not trial.outcome and not (stop.number and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):

@@ -1,5 +1,6 @@
 """The placements as the papers write them, for the tests to compare model.py with. `forward` has them: one branch of
-an `if` for each equation, the same for both sub-layers; rows that differ in a setting alone share it.
+an `if` for each equation, the same for both sub-layers but in b2t and hybrid; rows that differ in a setting alone share
+it.
 
 Everything is a function of a dict of parameters by name; nothing is taken from model.py. Rotary embeddings are complex
 products, and attention is an explicit softmax.
@@ -104,14 +105,25 @@ def forward(P, c, idx, gpas=None, norm=None):
             sub = {k.removeprefix(part + "."): p for k, p in own.items()}
             f = (lambda x: attention(x, sub, c)) if part == "attn" else (lambda x: mlp(x, sub, c))
             A, B, C = ((lambda x, k=k: norm(x, own, f"{part}_residual.{k}_norm", c)) for k in ("pre", "out", "post"))
-            # Where the gate, LNS's s and the branch's factor b act. Without them read stream(x) as x, branch(h) as h
-            # and normed(x) as A(x).
             gate = own["gate"][[0 if part == "attn" else -1]] if gated else None
-            gated_at = {p: (lambda x: gpas(x, gate)) if gated and p == c.gpas_position else (lambda x: x) for p in ("sublayer", "before", "norm", "module")}
             s = {p: l**-0.5 if name == "lns" and p == c.s_position else 1 for p in ("norm", "branch", "residual")}
             b = own.get(f"{part}_residual.branch_scale", 1)
-            stream, normed, branch = gated_at["sublayer"], (lambda x: gated_at["norm"](A(x))), (lambda h: gated_at["module"](b * h))
-            x = gated_at["before"](x)
+
+            # Where the gate and the branch's factor b act. Without them read stream(x) as x, normed(x) as A(x) and
+            # branch(h) as h.
+            def at(point, x):
+                return gpas(x, gate) if gated and c.gpas_position == point else x
+
+            def stream(x):
+                return at("sublayer", x)
+
+            def normed(x):
+                return at("norm", A(x))
+
+            def branch(h):
+                return at("module", b * h)
+
+            x = at("before", x)
 
             if name == "post" or (name == "mix" and l <= math.floor(L * c.mix_ratio)):
                 x = C(stream(x) + branch(f(x)))
@@ -130,7 +142,7 @@ def forward(P, c, idx, gpas=None, norm=None):
             elif name == "pre_post":
                 x = C(stream(x) + branch(f(normed(x))))
             elif name == "lns":
-                x = stream(s["residual"] * (x + branch(s["branch"] * f(gated_at["norm"](A(x) * s["norm"])))))
+                x = stream(s["residual"] * (x + branch(s["branch"] * f(at("norm", A(x) * s["norm"])))))
             elif name == "hybrid" and l == 1:
                 x = stream(x + branch(f(normed(x))))
             elif name == "hybrid" and part == "attn":  # the MLP below sees the normalized state twice: in f and beside it
