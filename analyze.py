@@ -14,8 +14,9 @@ prints tables and writes analysis.json and, with matplotlib, figures. Each measu
     batches = analyze.load_batches("data/stdlib", model.config, tokens=2048, batch_size=8)
     analyze.removal(model, batches)["causal"]          batches: a list of (idx, targets), int64 tensors (B, T)
 
-A measure is a class that is updated with the Trace of each batch and then asked for its result, and a row of the table
-MEASURES that says what of the result is shown. To add one, write for example this below the other measures
+A measure is a row of the table MEASURES, which says what of the result is shown. It is computed by a class that is
+updated with the Trace of each batch and then asked for its result or, where it makes passes of its own, by a function
+of the model and the batches. To add one, write for example this below the other measures
 
     class RelativeUpdate:
         '''(L) mean over tokens of |x_{l+1} - x_l| / |x_l|: by how much layer l changes the stream.'''
@@ -240,9 +241,10 @@ class Stream:
     kurtosis             (L + 1)  mean over dimensions of kurtosis_per_dim (Sparsity Eq. 20)
     kurtosis_per_dim     (L + 1, d)  m4 / m2^2 with the central moments over tokens (Sparsity Eq. 19), without -3: a
                                   Gaussian has 3; nan for a dimension that does not vary, which the mean leaves out
-    largest              (L + 1)  largest |x|; massive activations (Peri-LN Figure 11)
+    largest              (L + 1)  largest |x|
     over_float16         (L + 1)  how many |x| exceed float16's 65504
-    top, top_state       (100)    the largest |x| of all tokens and states, descending, and their state i, x_{i+1}
+    top, top_state       (100)    the largest |x| of all tokens and states, descending (massive activations, Peri-LN
+                                  Figure 11), and their state i, x_{i+1}
     """
 
     def __init__(self, model):
@@ -276,7 +278,7 @@ class Stream:
         self.n += trace.n_tokens
 
     def result(self):
-        # From the means of (x - shift)^1..4 to the central moments, the means of (x - m1)^2 and ^4.
+        # From the means of y^1..4, y = x - shift, to the central moments, the means of (y - m1)^2 and ^4.
         m1, p2, p3, p4 = self.powers / self.n
         m2 = p2 - m1**2
         m4 = p4 - 4 * m1 * p3 + 6 * m1**2 * p2 - 3 * m1**4
@@ -697,7 +699,7 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
 
 def own_token_attention(q, k, v, **_):
     """Attention of the same value whose gradient reaches a token's output from that token only: the keys and values of
-    the others are constants. Takes what scaled_dot_product_attention takes."""
+    the others are constants. Stands in for scaled_dot_product_attention, whose options it ignores."""
     k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for z in (k, v))
     own_score = (q.detach() * (k - k.detach())).sum(-1)  # 0, with the gradient of q_t k_t by k_t
     scores = (q @ k.detach().mT + torch.diag_embed(own_score)) / math.sqrt(q.shape[-1])
@@ -1326,7 +1328,7 @@ def draw_kurtosis(results, folder):
 LOGGED = {
     "loss": "training loss, nats",
     "val_loss": "held-out loss, nats",
-    "grad_norm": "gradient norm, whole model",
+    "grad_norm": "gradient norm, all but the gates",
     "variance": "variance",
     "attn_variance": "attention variance",
     "mlp_variance": "MLP variance",
@@ -1395,7 +1397,7 @@ DERIVED = {
     **dict.fromkeys("norm_type embed_norm qk_norm v_norm branch_scale init".split(), "norm"),
 }
 # Settings that are no difference between runs: how a run is computed and watched.
-IGNORED = "out_dir data_dir overwrite init_from device compile recompute jobs vocab_size".split()
+IGNORED = "out_dir data_dir overwrite init_from device compile shard recompute jobs vocab_size".split()
 IGNORED += "eval_iters last_eval_iters eval_interval log_interval keep_every".split()
 IGNORED += "sample_tokens temperature top_k wandb tensorboard peak_tflops".split()
 
@@ -1481,7 +1483,7 @@ def differing(given):
 
 def by_group(runs, without=("seed",)):
     """{group: its runs}, sorted. The runs of a group agree in all settings but those in `without`; the group is the
-    tuple of these settings: (("norm", "pre"), ("learning_rate", 0.001))."""
+    tuple of those in which they agree: (("norm", "pre"), ("learning_rate", 0.001))."""
     groups = {}
     for entry in runs:
         key = tuple((name, value) for name, value in entry["settings"].items() if name not in without)

@@ -10,7 +10,7 @@
     python train.py config/small.py --batch_size=4 --compile
 
 A config file is Python that assigns settings by name (`batch_size = 4`). It runs in a namespace of its own; its names
-that begin with an underscore, imported modules and functions are ignored. Later files and arguments override earlier
+that begin with an underscore, modules, functions and classes are ignored. Later files and arguments override earlier
 ones. A program may accept lists of values too: `--batch_size=4,8`. `--help` prints the declaration: each setting with
 its type, default, limits and the comment at the end of its line, which must be one line, under the headings that are
 comments of their own. Methods come after all settings.
@@ -80,12 +80,14 @@ def configure(declaration, description, argv=None, positional=None):
 def read_settings(declaration, description, argv=None, positional=None, never_lists=None):
     """The settings that config files and `argv` (the command line) give: a dict by name, without those not given.
 
-    Fields of the dataclass `declaration` may be int, float, str, bool, list[str], or one of them `| None`.
-    Annotated[int, (least, greatest)], Annotated[str, {...}] (a table whose keys are the choices) and Literal["a", "b"]
-    limit the values. `positional` names a list field that takes the arguments that are neither settings nor config
-    files. With `never_lists`, any setting that it does not name may be a list of values: with commas between them on
-    the command line, a Python list in a config file. The dict has the order in which the settings were given last.
-    UserError for an unknown setting, a value of another type, or a config file that fails; `--help` prints and exits.
+    Fields of the dataclass `declaration` may be int, float, str, bool, list[str], or one of them `| None`; a value of
+    another type, such as a dict, comes from a config file alone. Annotated[int, (least, greatest)], Annotated[str, ...]
+    (a table whose keys, or a tuple whose elements, are the choices) and Literal["a", "b"] limit the values.
+
+    `positional` names a list field that takes the arguments that are neither settings nor config files. With
+    `never_lists`, any setting that it does not name may be a list of values: with commas between them on the command
+    line, a Python list in a config file. The dict has the order in which the settings were given last. UserError for an
+    unknown setting, a value of another type, or a config file that fails; `--help` prints and exits.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if "--help" in args or "-h" in args:

@@ -53,14 +53,13 @@ def fold(model):
 
         u <- C'(alpha u + h(S u) / D) / S
 
-    Within h(x) = B(b f(s A(x))) the factor 1 / S or 1 / D goes to B's gain, or without B to f's last matrices; a norm
+    Within h(x) = b B(f(s A(x))) the factor 1 / S or 1 / D goes to B's gain, or without B to f's last matrices; a norm
     of S u is A(S u) = sign(S) A'(u) with A's eps / S^2 as the eps of A' (dyt: its slope times S); without A the factor
     S goes to f's first matrices. Gates at other places (gpas_position) and LNS's s are factors of the same kind.
 
     The result's config has norm without gpas_, a gain in every norm, and s in the gains (s_position=gain). Its norms
     have eps of their own, which a checkpoint does not hold: fold after loading, not before saving. ValueError, naming
-    the layer, for gates whose product S float32 or the weights' dtype cannot hold (norms square u), and for b2t around
-    an attention without a norm at C, where the layer's input would need a factor of its own.
+    the layer, for gates whose product S float32 or the weights' dtype cannot hold (norms square u).
     """
     plain, c = copy.deepcopy(model), model.config
     no_gates = dict(norm=c.norm.removeprefix("gpas_"), gpas_act="silu", gpas_position="sublayer", gate_init=None)
@@ -102,8 +101,6 @@ def fold(model):
                 # The MLP's norm is given the layer's input as it is, so the MLP has to come to D = layer_S.
                 S = layer_S / (mlp_factors["before"] * mlp_factors["stream"])
                 scale_norm_output(residual.post_norm, 1 / S)
-            elif block.b2t and not math.isclose(D, layer_S):
-                raise ValueError(f"layer {l}: b2t adds the layer's input past a gate, which no weight can take up")
         if not all(p.isfinite().all() for p in block.parameters()) or not 1e-17 < abs(S) < 1e17:
             raise ValueError(f"layer {l}: the gates up to here scale by {S:.1e}, more than the weights can take up")
     scale_norm_input(plain.norm, S)
@@ -158,7 +155,7 @@ def scale_matrices(f, names, factor):
 
 
 def scale_branch(residual, f, factor):
-    """Makes the branch B(b f) into factor times itself."""
+    """Makes the branch b B(f) into factor times itself."""
     if isinstance(residual.out_norm, Norm):
         scale_norm_output(residual.out_norm, factor)
     else:
@@ -396,7 +393,7 @@ def check_logits(model, theirs, max_difference):
 
 @torch.no_grad()
 def absorb(plain):
-    """Puts into the matrices of a folded model, in place, what is a constant factor of a branch (b; the average with
+    """Puts into the weights of a folded model, in place, what is a constant factor of a branch (b; the average with
     shared experts) or a function of the token alone (the embedding's norm)."""
     c = plain.config
     for block in plain.blocks:

@@ -58,8 +58,9 @@ SHARE = Annotated[float, (0, 1)]
 
 @dataclass
 class GPTConfig:
-    """The architecture. None means what the comment says and is replaced by it, for good: for another norm or width
-    call GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what cannot be built."""
+    """The architecture. None means what the comment says, and most are replaced by it, for good: for another norm or
+    width call GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what cannot be
+    built."""
 
     # model
     block_size: COUNT = 256  # longest sequence in training and generation, in tokens
@@ -109,7 +110,7 @@ class GPTConfig:
     gate_per: Annotated[str, ("layer", "sublayer")] = "layer"  # one gate for both sub-layers, or one each
     # initialization
     init: Annotated[str | None, INITS] = None  # standard deviations of the matrices; none: as the scheme's row says
-    init_std: POSITIVE = 0.02  # of every matrix but the embedding
+    init_std: POSITIVE = 0.02  # of every matrix but the embedding; with olmo, xavier and deepnorm, of head and router
     init_variance: POSITIVE | None = None  # c: they have variance c / n_embd instead (Peri-LN Table 9)
     embed_std: POSITIVE = math.sqrt(2 / 5)  # of the embedding (Scaled Embed, as in GPAS's code; LNS's code has 0.02)
 
@@ -299,8 +300,8 @@ class Residual(nn.Module):
         self.branch_out = nn.Identity()  # a hook on it sees h, before omega, alpha, C or a gate on the stream act
         self.s_place, self.gate_place = S_POSITIONS[config.s_position], GPAS_POSITIONS[config.gpas_position]
         self.stop_gradient = config.gpas_stop_gradient
-        # Saves memory alone, the values are the same (ScaleForwardOnly): the norm that reads the stream next keeps the
-        # gate's output, a norm at C the shortcut's input.
+        # Saves memory (ScaleForwardOnly). Without a C the norm that reads the stream next keeps the gate's output. With
+        # one it goes into a sum, which keeps nothing, while A or f keeps the shortcut's input.
         self.keep = "input" if "C" in places and self.gate_place == "stream" else "output"
         if config.freeze_out_gain and "B" in places:
             self.out_norm.weight.requires_grad_(False)
@@ -566,13 +567,13 @@ class GPT(nn.Module):
         gates are a group of their own.
 
         Frozen parameters are in their groups too (they get no gradient, hence no step), so that they may thaw."""
-        gates, embedding = {id(p) for p in self.gates()}, self.embed_tokens.weight
+        gates, embedding = set(self.gates()), self.embed_tokens.weight
         matrices = [p for p in self.parameters() if p.dim() >= 2 and (decay_embedding or p is not embedding)]
         groups = {
             "embedding": ([] if decay_embedding else [embedding], 0.0),
             "matrices": (matrices, weight_decay),
-            "vectors": ([p for p in self.parameters() if p.dim() < 2 and id(p) not in gates], 0.0),
-            "gates": ([p for p in self.parameters() if id(p) in gates], 0.0),
+            "vectors": ([p for p in self.parameters() if p.dim() < 2 and p not in gates], 0.0),
+            "gates": ([p for p in self.parameters() if p in gates], 0.0),
         }
         return [{"name": n, "params": ps, "weight_decay": decay} for n, (ps, decay) in groups.items() if ps]
 
@@ -797,8 +798,9 @@ class Experts(nn.Module):
 
 
 def has_grouped_mm(*tensors):
-    """Whether torch's grouped product takes these in the first one's dtype: on CUDA, rows of k * 16 bytes. It needs no
-    synchronization in bfloat16 on an H100 or a B200; elsewhere it multiplies expert by expert, as below."""
+    """Whether torch's grouped product takes these in the first one's dtype: on CUDA, rows of a multiple of 16
+    bytes. It needs no synchronization in bfloat16 on an H100 or a B200; elsewhere it multiplies expert by expert, as
+    below."""
     size = tensors[0].element_size()
     return all(t.is_cuda and t.dtype != torch.float64 and t.shape[-1] * size % 16 == 0 for t in tensors)
 

@@ -142,7 +142,7 @@ def open_shard(path):
         raise UserError(f"{path} is not a token shard: its header has no known magic number and version")
     expected = offset + count * dtype.itemsize
     if size != expected:
-        raise UserError(f"shard {path} has {size} bytes where its header says {expected}: truncated or damaged")
+        raise UserError(f"shard {path} has {size} bytes, not {expected}: truncated or damaged")
     if not count:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset))  # a plain array is faster
@@ -627,7 +627,7 @@ def show_progress(state, rate, inputs):
     """Says on standard error how far the work is; `rate` is in bytes of text a second."""
     text = f"{total(state, 'documents'):,} documents, {total(state, 'tokens'):,} tokens, {rate / 1e6:.1f} MB/s"
     sizes = [source.size for source in inputs]
-    if None not in sizes:  # of a compressed file and of parquet nothing counts until it is done
+    if None not in sizes and sum(sizes):  # of a compressed file and of parquet nothing counts until it is done
         index, offset, _ = state["place"]
         is_plain = index < len(inputs) and SUFFIXES.get(Path(inputs[index].path).suffix) in ("text", "jsonl")
         text += f", {(sum(sizes[:index]) + is_plain * offset) / sum(sizes):.1%} read"
@@ -1138,7 +1138,7 @@ def byte_encoding():
 
 
 class JsonTokenizer:
-    """A tokenizer.json of the `tokenizers` library, with what this file uses of tiktoken.Encoding.
+    """A tokenizer.json of the `tokenizers` library, with the name, n_vocab and eot_token of a tiktoken.Encoding.
 
     Some of them change a text (T5 normalizes it); `prepare` counts the documents that do not come back as they were.
     """
@@ -1158,13 +1158,6 @@ class JsonTokenizer:
         if self.end is None:
             raise ValueError(f"it has no token {' or '.join(ends)}; name its end of text with --eot_token=")
         self.eot_token = self.tokenizer.token_to_id(self.end)
-
-    def encode(self, text):
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-
-    def decode(self, ids):
-        """Text of ids; those that the tokenizer does not know are left out."""
-        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
 def get_tokenizer(name, eot_token=""):
@@ -1277,7 +1270,8 @@ def encode(encoding, text):
     if encoding.name == "byte":
         return np.frombuffer(data, dtype=np.uint8)  # what the Encoding gives, without its regular expression
     if isinstance(encoding, JsonTokenizer):
-        return encoding.encode(data.decode(errors="replace"))
+        text = data.decode(errors="replace")
+        return np.array(encoding.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
     try:
         return encoding.encode_to_numpy(data.decode(), disallowed_special=())
     except UnicodeDecodeError:
@@ -1294,7 +1288,7 @@ def decode_bytes(encoding, ids):
     """The bytes of token ids: exactly those that were encoded. Ids that the tokenizer does not know are byte 255, or
     nothing with a tokenizer.json."""
     if isinstance(encoding, JsonTokenizer):
-        return encoding.decode(ids).encode()
+        return encoding.tokenizer.decode(list(map(int, ids)), skip_special_tokens=False).encode()
 
     def token_bytes(i):
         try:

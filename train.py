@@ -126,7 +126,7 @@ class Settings(GPTConfig):
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1, mps ...
     dtype: Annotated[str, DTYPES] = "auto"  # bfloat16: autocast; bfloat16_pure: weights too; auto: bfloat16 where fast
     float32_gates: bool = False  # bfloat16_pure: the gates' weights stay float32, so that small steps move them
-    compile: bool | None = None  # torch.compile the model; none: on cuda
+    compile: bool | None = None  # torch.compile the model; none: on cuda, but for LISA
     shard: bool = False  # spread weights, gradients and optimizer over the processes (FSDP2): beyond one GPU's memory
     recompute: bool = False  # keep only each block's input for the backward pass and compute the block again
     wandb: bool = False  # log to Weights & Biases too
@@ -222,10 +222,11 @@ def main():
             evaluate_run(checkpoint, data, setup)
             return
         check_out_dir(settings)
+        lock = nullcontext()
         if processes.rank == 0:
             Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
-        alone = prepare_data.locked(settings.out_dir, f"training in {settings.out_dir}")
-        with alone if processes.rank == 0 else nullcontext(), stop.listen():
+            lock = prepare_data.locked(settings.out_dir, f"training in {settings.out_dir}")
+        with lock, stop.listen():
             train(checkpoint, data, setup, stop)
 
 
@@ -321,7 +322,8 @@ def train(checkpoint, data, setup, stop):
         elif step % settings.log_interval == 0:
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_grad_norms": layer_norms}
             record |= {"gate_grad_norm": gate_norm} if gates else {}
-            more = print_step(record, model, times, setup)
+            text, more = describe_step(record, model, times, setup)
+            print(text)
             folder.log(record | {"tokens": tokens} | more)
         if step == begin["step"] + 1:
             total = clock(times.passed() + times.left(step))
@@ -331,7 +333,7 @@ def train(checkpoint, data, setup, stop):
             with timed(times.evaluations):
                 val_loss, report = measure()
                 save()
-        elif skipped == 0 and (is_stopping or is_kept(step, settings)):  # after skipped steps the one before them stays
+        elif skipped == 0 and (is_stopping or is_kept(step, settings)):  # else the weights may be what is broken
             save()
 
     processes.wait()  # until rank 0 has written the checkpoint
@@ -351,8 +353,8 @@ def evaluate(model, data, setup, n):
     """Mean loss in nats over the tokens with a target of n batches of `data`, the same at each call; of all its whole
     batches if n is 0, or more than there are. The processes share them."""
     model.eval()
-    processes, batch_size = setup.processes, setup.settings.batch_size
-    available = max(1, len(data) // batch_size)
+    processes, batch_size = setup.processes, min(setup.settings.batch_size, len(data))
+    available = len(data) // batch_size
     n, total, count = min(n or available, available), 0, 0
     rounds = math.ceil(n / processes.size)  # in each, every process takes one batch: sharded models need them all
     for i in range(processes.rank, rounds * processes.size, processes.size):
@@ -574,7 +576,8 @@ class Data:
 
 
 def open_data(checkpoint, setup):
-    """The Data of a run. UserError for what does not fit its settings or its checkpoint."""
+    """The Data of a run; sets settings.max_iters where epochs waited for the data. UserError for what does not fit its
+    settings or its checkpoint."""
     settings, folder = setup.settings, data_folder(setup.settings, setup.processes)
     meta = prepare_data.read_meta(folder)
     vocab_size = settings.vocab_size or meta.get("vocab_size", 0)
@@ -700,8 +703,8 @@ def build_model(config, weights, setup, is_new=False):
 
 
 def shard_model(model, setup):
-    """Spreads a model over the processes (FSDP2). A block's weights are gathered just before it computes, in float32 as
-    autocast expects them, and dropped after."""
+    """Spreads a model over the processes (FSDP2). A block's weights are gathered just before it computes, in their own
+    dtype (float32 under autocast), and dropped after."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -849,28 +852,28 @@ def timed(seconds):
     seconds.append(time.monotonic() - begin)
 
 
-# Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives.
+# Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets, by a part of the name that CUDA gives; the first counts.
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989}
 PEAK_TFLOPS |= {"B200": 2250, "L40S": 362, "RTX 4090": 165}
 
 
-def print_step(record, model, times, setup):
-    """Prints the line of a step from its record for the log. Returns what the log has besides: the speed of the last
-    log_interval steps, in tokens (padding too), and the losses that training adds to the cross-entropy, in this
-    process's last micro-batch."""
+def describe_step(record, model, times, setup):
+    """A step's record for the log as a line, and what the log has besides: the speed of the last log_interval steps, in
+    tokens (padding too), the MFU where the peak is known, and the losses that training adds to the cross-entropy, in
+    this process's last micro-batch."""
     settings, step = setup.settings, record["step"]
     rate = settings.tokens_per_step / max(fmean(times.steps), 1e-9)
     more, reached = {"tokens_per_s": round(rate, 1)}, f"{model.flops_per_token() * rate / 1e12:.3f} TFLOP/s"
     gpu = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else ""
-    peak = settings.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in gpu), None)
-    if peak:
+    peaks = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"{part}\b", gpu))  # an "RTX A1000" is no A100
+    if peak := settings.peak_tflops or next(peaks, None):
         more["mfu"] = model.mfu(rate, 1e12 * peak * setup.processes.size)
         reached = f"MFU {more['mfu']:.1%}"
-    print(
+    text = (
         f"step {step:5d}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, gradient norm {record['grad_norm']:.3f}, "
         f"{rate:,.0f} tokens/s, {reached}, {clock(times.left(step))} left"
     )
-    return more | {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
+    return text, more | {f"{name}_loss": loss.item() for name, loss in model.losses.items() if name != "cross_entropy"}
 
 
 def clock(seconds):
@@ -898,11 +901,11 @@ def stream_report(model, x, y, setup):
     kurtosis        of that state's dimensions over tokens, mean over dimensions (Sparsity Eq. 19-20)
     attn_variance   the variance of what the attention adds to the stream, `mlp_variance` of what the MLP adds
     grad_norms      norm of the gradient of the layer's parameters, and `grad_variance`, the variance of its elements
-                    (Peri-LN Figure 7), of the loss without routers' terms; what is frozen has no gradient
+                    (Peri-LN Figure 7), of the plain cross-entropy; what is frozen has no gradient
     gates           the GPAS gates a, two for a layer with one per sub-layer (the scale is 1 - act(a)); absent without
     attn_out_gain, mlp_out_gain   mean gain of the norm B (Peri-LN Figure 9b); absent where not every layer has one
 
-    and of the model: embed_variance, the variance of the embedding's output, and top, the 100 largest |x| of all
+    and of the model: embed_variance, the variance of the first layer's input, and top, the 100 largest |x| of all
     layers' states (Peri-LN Figure 11).
     """
     names = "variance", "magnitude", "largest", "kurtosis", "attn_variance", "mlp_variance"
@@ -1045,8 +1048,8 @@ class RunFolder:
             give_second_name(self.path / "ckpt.pt", self.path / f"ckpt_{step:06d}.pt")
 
     def end_where_not_finite(self, step, what, model, batches):
-        """UserError, and a line in the log, that says where the first value that is not finite arises in a pass over
-        the batches."""
+        """UserError and, once there is a checkpoint, a line in the log, that say where the first value that is not
+        finite arises in a pass over the batches."""
         where = self.setup.processes.first(first_non_finite(model, batches, self.setup))
         where = f"the first value that is not finite is {where}" if where else "a second pass was finite"
         if self.saved_step is None:

@@ -200,9 +200,9 @@ def test_damaged_shards_are_named(tmp_path):
     path = tmp_path / "train_000000.bin"
     data = path.read_bytes()
     for damaged, message in (
-        (data[:-1], "has 1123 bytes where its header says 1124"),
+        (data[:-1], "has 1123 bytes, not 1124"),
         (data + b"x", "has 1125 bytes"),
-        (data[:500], "has 500 bytes where its header says 1124"),
+        (data[:500], "has 500 bytes, not 1124"),
         (data[:3], "not a token shard"),
         (b"", "not a token shard"),
         (b"\x80" + data[1:], "not a token shard"),
@@ -916,6 +916,9 @@ def test_progress(tmp_path, monkeypatch, capsys):
         match = re.fullmatch(r"([\d,]+) documents, ([\d,]+) tokens, [\d.]+ MB/s, ([\d.]+)% read", line)
         n_documents, n_tokens = (int(match[i].replace(",", "")) for i in (1, 2))
         assert float(match[3]) == share and n_tokens == pytest.approx(share * 40_000, rel=0.1) and n_documents > 5
+    empty = {"splits": {"train": {"documents": 3, "tokens": 9}}, "place": (0, 0, 0)}
+    prepare_data.show_progress(empty, 1.0, [prepare_data.Input("pipe.txt", "text", 0)])  # a named pipe has no size
+    assert capsys.readouterr().err == "3 documents, 9 tokens, 0.0 MB/s\n"
 
 
 # -- other vocabularies -------------------------------------------------------------------------------------------------
@@ -1308,7 +1311,7 @@ def test_nanogpt_bins(tmp_path, bpe):
     prepare_data.verify(folder)
     assert (TokenData(folder, "train", 8, 263).rows(0, 4)[0] == x).all()
     (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
-    with pytest.raises(UserError, match="val.bin has .* bytes .* truncated or damaged"):
+    with pytest.raises(UserError, match="val.bin has .* bytes, not .*: truncated or damaged"):
         prepare_data.verify(folder)
     with pytest.raises(UserError, match="does not exist"):
         prepare_data.verify(tmp_path / "nothing")

@@ -720,6 +720,12 @@ def test_the_last_evaluation_may_take_the_whole_held_out_set(folder, tmp_path):
     with mock.patch.object(train, "evaluate", wraps=train.evaluate) as evaluate:
         call("--eval_only", f"--out_dir={tmp_path}", "--device=cpu", "--eval_iters=3", cwd=folder)
     assert [c.args[-1] for c in evaluate.call_args_list] == [3]
+    # a batch that is larger than the held-out set holds each of its rows once
+    few = prepare_data.TokenData(folder / "data" / "d", "val", 32 * (len(data) // 3), 257)
+    setup = train.Setup(train.Settings(batch_size=2 * len(few) + 1), train.Processes(), torch.device("cpu"), "float32")
+    mean = mock.Mock(side_effect=lambda x, y: (None, y.double().mean()))  # in place of a model
+    expected = few.rows(0, len(few))[1].mean()
+    assert len(few) > 1 and train.evaluate(mean, few, setup, 5) == pytest.approx(expected, rel=1e-12)
 
 
 def test_gradient_norms_of_layers_at_each_line(folder, tmp_path):
@@ -1143,6 +1149,22 @@ def test_data_of_another_tokenizer(folder, tmp_path):
 
 
 # -- its parts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA A100-SXM4-80GB", 312)])
+def test_the_peak_of_a_gpu_is_that_of_its_name(monkeypatch, name, peak):
+    model, settings = GPT(GPTConfig(n_layer=1, n_embd=8, n_head=2, block_size=8)), train.Settings()
+    model.losses = {}
+    setup, times = train.Setup(settings, train.Processes(), torch.device("cuda"), "bfloat16"), train.Times(settings)
+    times.steps.append(2.0)
+    record = {"step": 1, "loss": 1.0, "lr": 1e-3, "grad_norm": 1.0}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    text, more = train.describe_step(record, model, times, setup)
+    assert more["mfu"] == pytest.approx(model.flops_per_token() * settings.tokens_per_step / 2 / (peak * 1e12))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000")
+    text, more = train.describe_step(record, model, times, setup)
+    assert "mfu" not in more and "TFLOP/s" in text
+
 
 
 def test_compiled_blocks_run_as_written_where_hooks_look_on():
