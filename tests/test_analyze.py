@@ -118,6 +118,19 @@ def test_branches(model):
             close(result[f"{name}_variance"][l], h.var(-1, correction=0).mean())
 
 
+def test_each_token_counts_once_in_batches_of_two_sizes():
+    model = build()
+    batches = text(model, n=1) + text(model, n=1, B=1, T=6)
+    result, x = analyze.stream(model, batches), all_states(model, batches)
+    close(result["variance"], ((x - x.mean(-1, keepdim=True)) ** 2).mean((1, 2)))
+    parts = [run_blocks(model, idx, model.blocks) for idx, _ in batches]
+    for l, block in enumerate(model.blocks):  # Pre-LN: the branch is f(A(x))
+        h = torch.cat([block.attn(block.attn_residual.pre_norm(states[l])).flatten(0, 1) for states in parts])
+        close(result["attn_variance"][l], ((h - h.mean(-1, keepdim=True)) ** 2).mean())
+    angle = torch.cosine_similarity(x[0], x[1], dim=-1).arccos() / math.pi
+    close(analyze.angular_distance(model, batches)[0, 0], angle.mean())
+
+
 def test_values_beyond_float16_are_counted():
     model = build()
     with torch.no_grad():
@@ -161,6 +174,8 @@ def test_weights():
         close(result["mlp_norm"][l], squares[1].sqrt())
         close(result["gates"][l], block.gate)
         close(result["gate_scale"][l], 1 - F.silu(block.gate))
+    tanh = build("gpas_pre", gpas_act="tanh")
+    close(analyze.weights(tanh)["gate_scale"].flatten(), [1 - math.tanh(block.gate.item()) for block in tanh.blocks])
     assert result["attn_out_gain"].isnan().all() and "gates" not in analyze.weights(build("peri"))
     peri = build("peri")
     close(analyze.weights(peri)["mlp_out_gain"], [b.mlp_residual.out_norm.weight.mean() for b in peri.blocks])
@@ -666,6 +681,31 @@ def test_what_one_of_several_runs_cannot_be_asked_is_told_before_any_is_measured
     assert code == 2 and "more than the block size" in err and "held-out tokens" not in out
     code, out, err = program("out-pre", "--layers=3", "--metrics=jacobian", "--tokens=64", "--figures=false")
     assert code == 0 and json.loads((folder / "out-pre" / "analysis.json").read_text())["jacobian"]["tokens"] == 64
+
+
+def test_columns_stand_at_the_layers_that_they_measure():
+    nan, zero = math.nan, torch.zeros(3)
+    causal = torch.tensor([[nan, 1, 3], [nan, nan, 5], [nan, nan, nan]])
+    angles = torch.tensor([[0.1, 0.3, 0.6], [0.2, 0.5, nan], [0.4, nan, nan]])
+    names = "deviation deviation_per_d off_diagonal off_diagonal_rms diagonal_mean diagonal_std spectral_norm".split()
+    jacobian = {"layers": torch.tensor([2]), **{name: torch.tensor([7.0]) for name in names}}
+    removal = dict(loss_drop=zero, perplexity_drop=zero, causal=causal)
+    shown = analyze.shown_columns({"run": {"n_layer": 3}, "removal": removal, "angular": angles, "jacobian": jacobian})
+    close(shown["importance"]["causal effect"], [nan, 2, 5, nan])
+    close(shown["importance"]["angle to next"], [nan, 0.1, 0.2, 0.4], rtol=1e-6, atol=1e-7)  # they are float32 here
+    close(shown["jacobian"]["|J - I|"], [nan, nan, 7, nan])
+
+
+def test_a_measured_sweep(program, folder):
+    for norm in ("pre", "gpas_pre"):
+        shutil.copytree(folder / f"out-{norm}", folder / "swept" / f"norm={norm}")
+    code, _, err = program("swept", "--metrics=stream", "--tokens=384", "--batch_size=8", "--figures=false")
+    assert code == 0, err  # batches of 8 windows and of 4
+    for run in json.loads((folder / "swept" / "sweep.json").read_text()):
+        model, _ = analyze.load_run(folder / "swept" / run["name"])
+        x = all_states(model, analyze.load_batches(folder / "data" / "d", model.config, 384, 8)).double()
+        expected = ((x - x.mean(-1, keepdim=True)) ** 2).mean((1, 2))[1:]
+        close(run["columns"]["variance"], expected, rtol=1e-5)
 
 
 def test_several_runs(program, folder):

@@ -22,7 +22,7 @@ import train
 from model import GPTConfig
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-RUN = [*SMALL, *SHORT, "--gradient_accumulation_steps=4", "--log_interval=1", "--dtype=float64"]
+RUN = [*SMALL, *SHORT, "--gradient_accumulation_steps=4", "--log_interval=1", "--dtype=float64", "--eval_iters=3"]
 
 # Several runs in one start of torchrun, which takes as long as all of them: each a list of arguments, and with names of
 # its own in the store, as it would have after a start of its own.

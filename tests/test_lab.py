@@ -124,8 +124,9 @@ def test_the_order_of_values_and_of_steps():
     runs = [{"settings": {"weight_decay": value, "seed": 1}} for value in (None, 0.1, 1, 0, 0.01)]
     assert [dict(key)["weight_decay"] for key in analyze.by_group(runs)] == [0, 0.01, 0.1, 1, None]
     assert analyze.is_value("none", None) and not analyze.is_value("None", 0.1)
-    x, mean, _ = analyze.mean_line({10: [1.0, 2.0], 30: [3.0], 20: [2.0]})
+    x, mean, deviation = analyze.mean_line({10: [1.0, 2.0], 30: [3.0], 20: [2.0]})
     assert x == [10, 20, 30] and mean.tolist() == [1.5, 2.0, 3.0]
+    assert deviation.tolist() == pytest.approx([0.5**0.5, 0, 0])  # of a sample of two: the root of (0.25 + 0.25) / 1
 
 
 def test_means_and_states(runs):

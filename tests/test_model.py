@@ -9,7 +9,7 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from model import GPAS_ACTS, GPT, SCHEMES, GPTConfig, Residual, Scheme, find_scheme, gate_scale, gpas
+from model import GPAS_ACTS, GPT, SCHEMES, GPTConfig, Residual, Scheme, find_scheme, gate_scale, gpas, rotary_table
 
 ALL = [prefix + name for name in SCHEMES for prefix in ("", "gpas_")]
 NINE = "post", "pre", "sandwich", "peri", "out", "pre_post", "deepnorm", "mix", "lns"  # of the GPAS and Peri-LN papers
@@ -722,6 +722,13 @@ def test_sampling_follows_temperature_and_top_k():
         model.generate(idx[:, :0], 1)
 
 
+def test_rotary_angles_of_a_bfloat16_model_are_float32():
+    """bfloat16 has no odd numbers above 256: positions would be rounded."""
+    table = rotary_table(2000, 8, 10000.0, None, torch.zeros(1, dtype=torch.bfloat16))
+    expected = [math.cos(1999 * frequency) for frequency in (1, 0.1, 0.01, 0.001)]
+    assert table.dtype == torch.float32 and table[0, 1999, :4].tolist() == pytest.approx(expected, abs=1e-3)
+
+
 # -- counting and groups ------------------------------------------------------------------------------------------------
 
 
@@ -740,6 +747,8 @@ def test_counts_by_hand():
     assert tied.count_params() == {n: total - (2 if n == "non_embedding" else 1) * 29 * 32 for n in model.count_params()}
     assert tied.flops_per_token(7) == model.flops_per_token(7)
     assert model.mfu(1000, 1e9, T=7) == pytest.approx(model.flops_per_token(7) * 1000 / 1e9)
+    wide = GPT(small("pre", n_layer=3, head_dim=10))
+    assert wide.flops_per_token(9) - wide.flops_per_token(7) == 3 * 4 * 10 * 12  # heads of 10 where n_embd / n_head is 8
 
 
 def test_default_sizes_are_the_papers():
@@ -874,6 +883,12 @@ def test_a_row_of_its_own_whose_norms_depend_on_the_layer(monkeypatch):
     monkeypatch.setitem(SCHEMES, "even", Scheme(lambda c, l, is_mlp: "AB" if l % 2 == 0 else None))
     with pytest.raises(ValueError, match="a scheme needs norms at A, B or C, got None"):
         small("even")
+
+
+@pytest.mark.parametrize("L, ratio, n", [(7, 0.25, 1), (100, 0.29, 29)])
+def test_the_number_of_post_ln_layers_is_rounded_down(L, ratio, n):
+    c = GPTConfig(norm="mix", n_layer=L, mix_ratio=ratio)
+    assert [SCHEMES["mix"].places(c, l, False) for l in range(1, L + 1)] == ["C"] * n + ["A"] * (L - n)
 
 
 def test_a_mix_of_one_kind_warns():

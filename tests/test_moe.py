@@ -293,6 +293,32 @@ def test_no_tensor_is_tokens_by_experts_by_width():
     assert largest[0] == max(weights, rows) < 256 * 32 * 48 / 4
 
 
+def test_gradient_of_the_z_loss():
+    """A router of zeros: logsumexp is ln E and p is 1/E, so each row gets 2 ln(E) / E times the mean token."""
+    moe, x = random_moe(moe_config(n_expert=4)).train(), torch.randn(2, 9, 32)
+    torch.nn.init.zeros_(moe.router.weight)
+    moe(x)
+    (grad,) = torch.autograd.grad(moe.z_loss, moe.router.weight)
+    torch.testing.assert_close(grad, (2 * math.log(4) / 4 * x.mean((0, 1))).expand(4, -1))
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(init="deepnorm"), {"experts.gate_proj": 0.036084, "experts.down_proj": 0.036084, "router.weight": 0.02}),
+        (dict(init="scaled"), {"experts.up_proj": 0.02, "experts.down_proj": 0.01}),
+        (dict(init_variance=10.0), {"lm_head.weight": 0.197642, "router.weight": 0.197642}),
+    ],
+)
+def test_initial_deviation_of_head_router_and_experts(options, expected):
+    """By hand, for two layers and experts of 256 -> 128: sqrt(2 / 384) / 16^(1/4); 0.02 / sqrt(4); sqrt(10 / 256)."""
+    sizes = dict(vocab_size=512, n_layer=2, n_embd=256, n_head=4, n_expert=8, n_hidden=128)
+    deviations = {name: p.std().item() for name, p in GPT(GPTConfig(**sizes, **options)).named_parameters()}
+    for ending, deviation in expected.items():
+        found = [value for name, value in deviations.items() if name.endswith(ending)]
+        assert found and found == pytest.approx([deviation] * len(found), rel=0.08), ending
+
+
 def test_generation_and_counts():
     c = moe_config("gpas_pre", n_expert_shared=1, moe_from=2)
     model = GPT(c).eval()

@@ -183,11 +183,13 @@ def test_shard_format_by_hand(tmp_path, vocab_size, magic, version, code):
 def test_a_writer_goes_on_with_a_shard_or_says_that_it_cannot(tmp_path):
     path = tmp_path / "train_000000.bin"
     first = ShardWriter(tmp_path, "train", 257, 100)
-    first.write(np.arange(50)), first.sync()
-    path.write_bytes(path.read_bytes() + b"what is not in the state")
+    mask = np.arange(60, dtype=np.uint8) % 2
+    first.write(np.arange(50), mask[:50]), first.sync()
+    for file in (path, path.with_suffix(".mask")):
+        file.write_bytes(file.read_bytes() + b"what is not in the state")
     second = ShardWriter(tmp_path, "train", 257, 100, first.shards)
-    second.write(np.arange(50, 60)), second.sync()
-    assert open_shard(path).tolist() == list(range(60))
+    second.write(np.arange(50, 60), mask[50:]), second.sync()
+    assert open_shard(path).tolist() == list(range(60)) and path.with_suffix(".mask").read_bytes() == mask.tobytes()
     for lose in (lambda: path.write_bytes(path.read_bytes()[:-1]), path.unlink):
         lose()
         with pytest.raises(UserError, match="train_000000.bin lost a part: remove .* to begin anew"):
@@ -765,6 +767,22 @@ def test_other_settings_begin_anew(big, tmp_path, monkeypatch, capsys):
     folder = prepare(tmp_path, big, num_workers=1, **big_settings(big) | {"seed": 3})
     assert "of other settings or inputs: beginning anew" in capsys.readouterr().err
     assert contents(folder).keys() == contents(big / "one").keys() and contents(folder) != contents(big / "one")
+
+
+def test_a_changed_input_is_another_input():
+    same = [prepare_data.Input("a.txt", "text", 5, 1)]
+    mark = prepare_data.fingerprint(Settings(), same)
+    assert mark == prepare_data.fingerprint(Settings(num_workers=2), same)
+    others = [("b.txt", 5, 1), ("a.txt", 6, 1), ("a.txt", 5, 2)]
+    assert all(prepare_data.fingerprint(Settings(), [prepare_data.Input(p, "text", n, t)]) != mark for p, n, t in others)
+
+
+def test_bpe_sees_no_text_that_is_held_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(200)))
+    settings = Settings(input=[str(tmp_path / "a.jsonl")], val_fraction=0.5, data_dir=str(tmp_path / "data"))
+    seen = set(prepare_data.sample_texts(prepare_data.find_inputs(settings)[0], settings))
+    folder = prepare(tmp_path, tmp_path / "a.jsonl", val_fraction=0.5)
+    assert seen == set(documents(folder, "train")) and 50 < len(seen) < 150
 
 
 def test_two_runs_do_not_mix(tmp_path, corpus):
