@@ -64,7 +64,7 @@ def run(main):
         message, code = f"not enough memory: {error}", 2
     except KeyboardInterrupt:
         message, code = "interrupted; what was saved before is untouched", 130
-    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    sys.stderr.write("error: " + " ".join(message.splitlines()) + "\n")  # at once: no other process writes into it
     sys.exit(code)
 
 

@@ -1,7 +1,9 @@
 """configurator.py: what a user may type, and what a mistake is answered with."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
+from unittest import mock
 
 import pytest
 
@@ -205,3 +207,17 @@ def test_defaults_of_another_type_and_zero_bytes(tmp_path):
     (tmp_path / "c.py").write_text("name = 'a\\0b'")
     with pytest.raises(UserError, match="name expects str"):
         read(str(tmp_path / "c.py"))
+
+
+def test_an_error_is_written_at_once(monkeypatch):
+    """So that no other process writes into the line, where the streams are not buffered."""
+
+    def main():
+        raise UserError("two\nlines")
+
+    writes = []
+    monkeypatch.setattr(sys, "stderr", mock.Mock(write=writes.append))
+    monkeypatch.setattr(sys, "stdout", mock.Mock())
+    with pytest.raises(SystemExit) as stop:
+        configurator.run(main)
+    assert writes == ["error: two lines\n"] and stop.value.code == 2
