@@ -58,8 +58,8 @@ SHARE = Annotated[float, (0, 1)]
 
 @dataclass
 class GPTConfig:
-    """The architecture. None means what the comment says, and most are replaced by it, for good: for another norm or
-    width call GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what cannot be
+    """The architecture. None means what the comment says; nearly every None is replaced by it, for good: for another norm
+    or width call GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what cannot be
     built."""
 
     # model
