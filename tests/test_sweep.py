@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -324,3 +325,22 @@ def test_runs_on_one_device_take_turns(tmp_path, monkeypatch, capsys):
         trials = [train.Trial(tmp_path / name, {}, train.Settings(device=device)) for name in "ab"]
         train.train_trials(trials, train.StopRequest(is_main=True))
         assert f"2 runs, {n_jobs} at a time" in capsys.readouterr().err
+
+
+def test_each_gpu_takes_one_run_at_a_time(tmp_path, monkeypatch):
+    """Four runs on two GPUs, of those that CUDA_VISIBLE_DEVICES leaves to the sweep."""
+    given, both_train = [], threading.Barrier(2)
+
+    def train_trial(trial, free, stop):
+        place = free.pop(0)
+        given.append(place["CUDA_VISIBLE_DEVICES"])
+        both_train.wait(timeout=60)
+        trial.outcome = "finished"
+        free.append(place)
+
+    monkeypatch.setattr(train, "train_trial", train_trial)
+    monkeypatch.setattr(train, "takes_any_gpu", lambda settings: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    trials = [train.Trial(tmp_path / name, {}, train.Settings()) for name in "abcd"]
+    train.train_trials(trials, train.StopRequest(is_main=True))
+    assert sorted(given) == ["3", "3", "5", "5"] and sorted(given[:2]) == ["3", "5"]

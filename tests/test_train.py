@@ -390,6 +390,11 @@ def test_a_non_finite_value_is_traced_to_its_layer(folder, tmp_path):
         skip, end = read_log(tmp_path / "log.jsonl")[-2:]
         assert skip["skipped"] == 1 and end["step"] == 6 and place in end["diverged"]
 
+    with broken_model(backward):  # the row of skipped steps goes on where the run does
+        assert call(*resume, "--max_iters=5", "--nan_patience=2", cwd=folder).returncode == 0
+        done = call(*resume, "--nan_patience=2", cwd=folder)
+    assert done.returncode == 2 and "at step 6, lr" in done.stderr and "2 such steps in a row" in done.stderr
+
 
 def test_a_passing_non_finite_value_is_skipped(folder, tmp_path):
     """Steps 3, 4 and 6 lose their gradient: they change nothing, the others go on and end the row of skipped ones."""
