@@ -7,16 +7,18 @@
     python analyze.py out-sweep --baseline=pre                 the runs of a sweep: means over seeds, differences
     python analyze.py --help                                   every measure and every setting
 
-prints tables and writes analysis.json and, with matplotlib, figures. Each measure is a function for a notebook too:
+prints tables and writes analysis.json (of a sweep: sweep.md and sweep.json) and, with matplotlib, figures. Each measure
+is a function for a notebook too:
 
     import analyze
     model, _ = analyze.load_run("out-pre")
     batches = analyze.load_batches("data/stdlib", model.config, tokens=2048, batch_size=8)
     analyze.removal(model, batches)["causal"]          batches: a list of (idx, targets), int64 tensors (B, T)
 
-A measure is a row of the table MEASURES, which says what of the result is shown. It is computed by a class that is
-updated with the Trace of each batch and then asked for its result or, where it makes passes of its own, by a function
-of the model and the batches. To add one, write for example this below the other measures
+A measure is a row of the table MEASURES, which says what computes it and what of the result is shown. Most are classes:
+they share one pass over the text, in which `update` gets the Trace of each batch; at the end comes `result`. A measure
+that makes passes of its own is a function of the model and the batches. To add one, write for example this below the
+other measures
 
     class RelativeUpdate:
         '''(L) mean over tokens of |x_{l+1} - x_l| / |x_l|: by how much layer l changes the stream.'''
@@ -138,6 +140,41 @@ class Trace:
         return loss_sum(self.model, self.states[-1], self.targets)
 
 
+@contextmanager
+def evaluation(model):
+    """Evaluation mode, and no gradients of parameters. Afterwards both are as they were before."""
+    was_training, required = model.training, [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for p, r in zip(model.parameters(), required):
+            p.requires_grad_(r)
+
+
+@torch.no_grad()
+def one_pass(model, batches, measures):
+    """{name: result} of `measures`, {name: an object with update(trace) and result()}: each batch passes through the
+    model once for all of them."""
+    with evaluation(model):
+        for idx, targets in batches:
+            trace = Trace(model, idx, targets)
+            for measure in measures.values():
+                measure.update(trace)
+    return {name: measure.result() for name, measure in measures.items()}
+
+
+def as_function(measure):
+    """A function (model, batches, **options) for notebooks: a pass over the batches for this measure alone."""
+
+    def function(model, batches, **options):
+        return one_pass(model, batches, {"alone": measure(model, **options)})["alone"]
+
+    function.__name__, function.__doc__ = measure.__name__, measure.__doc__
+    return function
+
+
 def look_inside(block, x):
     """What happens in block(x), x (B, T, n_embd), a dict. A block that was replaced by another function lacks entries.
 
@@ -179,41 +216,6 @@ def loss_sum(model, x, targets):
     logits = model.lm_head(model.norm(x))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum").double()
-
-
-@contextmanager
-def evaluation(model):
-    """Evaluation mode, and no gradients of parameters; both as they were afterwards."""
-    was_training, required = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for p, r in zip(model.parameters(), required):
-            p.requires_grad_(r)
-
-
-@torch.no_grad()
-def one_pass(model, batches, measures):
-    """{name: result} of `measures`, {name: an object with update(trace) and result()}: each batch passes through the
-    model once for all of them."""
-    with evaluation(model):
-        for idx, targets in batches:
-            trace = Trace(model, idx, targets)
-            for measure in measures.values():
-                measure.update(trace)
-    return {name: measure.result() for name, measure in measures.items()}
-
-
-def as_function(measure):
-    """The function (model, batches, **options) for notebooks that gives the result of a measure's class alone."""
-
-    def function(model, batches, **options):
-        return one_pass(model, batches, {"alone": measure(model, **options)})["alone"]
-
-    function.__doc__ = measure.__doc__
-    return function
 
 
 def zeros(model, *shape):
@@ -341,14 +343,11 @@ class Attention:
         L, H = len(model.blocks), model.config.n_head
         self.below, self.entropy = zeros(model, 3, L, H), zeros(model, L, H)
         self.maps = zeros(model, L, H, map_size, map_size)
-        self.n = self.n_queries = self.n_causal = self.n_all = 0  # sequences, rows of A, entries j <= i, all entries
+        self.lengths = []  # T of each sequence
 
     def update(self, trace):
         B, T = trace.targets.shape
-        self.n += B
-        self.n_queries += B * T
-        self.n_causal += B * T * (T + 1) // 2
-        self.n_all += B * T**2
+        self.lengths += [T] * B
         self.maps = self.maps[..., :T, :T]  # the positions that all batches so far have
         P = self.maps.shape[-1]
         for l, layer in enumerate(trace.inside):
@@ -364,11 +363,12 @@ class Attention:
                 self.maps[l] += A[:, :P, :P]
 
     def result(self):
+        n_causal, n_all = sum(T * (T + 1) // 2 for T in self.lengths), sum(T**2 for T in self.lengths)
         return {
-            "causal_sparsity": self.below / self.n_causal,
-            "sparsity": (self.below + self.n_all - self.n_causal) / self.n_all,
-            "entropy": self.entropy / self.n_queries,
-            "maps": self.maps / self.n,
+            "causal_sparsity": self.below / n_causal,
+            "sparsity": (self.below + n_all - n_causal) / n_all,
+            "entropy": self.entropy / sum(self.lengths),
+            "maps": self.maps / len(self.lengths),
         }
 
 
@@ -438,11 +438,11 @@ def gradients(model, batches):
     with evaluation(model):
         model.blocks.requires_grad_(True)
         for idx, targets in batches:
-            x = apply(model.blocks, model.embed_norm(model.embed_tokens(idx)).detach())
+            trace = Trace(model, idx, targets)
             # zeros for an expert that no token of the batch chose
-            parts = torch.autograd.grad(loss_sum(model, x, targets), parameters, materialize_grads=True)
+            parts = torch.autograd.grad(trace.loss, parameters, materialize_grads=True)
             total = total + torch.cat([part.flatten() for part in parts])
-            n += (targets != -100).sum().item()
+            n += trace.n_targets
     sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     g = (total.double() / n).split(sizes)
     return {"norm": torch.stack([v.norm() for v in g]), "variance": torch.stack([v.var(correction=0) for v in g])}
@@ -456,8 +456,8 @@ def weights(model, batches=None):
     """What the parameters say by themselves, a dict (no text is needed):
 
     attn_norm, mlp_norm          (L)     Frobenius norm of all matrices of the attention, of the MLP; where several runs
-                                         are compared, analyze_runs adds attn_norm_ratio and mlp_norm_ratio, these over
-                                         those of the first run (GPAS Figure 6)
+                                         are compared, analyze_runs adds attn_norm_ratio and mlp_norm_ratio to each
+                                         later one of as many layers: its norms over the first run's (GPAS Figure 6)
     gates, gate_scale            (L, 1)  gates a_l and 1 - act(a_l) (GPAS Figure 3); (L, 2) with one a sub-layer; absent
                                          without gates
     attn_out_gain, mlp_out_gain  (L)     mean gain of the norm B (Peri-LN Figure 9b); nan in layers without
@@ -666,11 +666,8 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
     function = own_token_attention if own_token else scaled_dot_product_attention
     # the fused kernels have no batched backward pass
     with evaluation(model), sdpa_kernel(SDPBackend.MATH), patch.object(F, "scaled_dot_product_attention", function):
-        for idx, _ in batches:
-            with torch.no_grad():
-                states = [model.embed_norm(model.embed_tokens(idx))]
-                for block in model.blocks[: max(layers) - 1]:
-                    states.append(block(states[-1]))
+        for idx, targets in batches:
+            states = Trace(model, idx, targets).states
             for i, l in enumerate(layers):
                 x = states[l - 1].requires_grad_()
                 y = model.blocks[l - 1](x)
@@ -698,8 +695,8 @@ def jacobian(model, batches, layers=None, own_token=False, rows=16):
 
 
 def own_token_attention(q, k, v, **_):
-    """Attention of the same value whose gradient reaches a token's output from that token only: the keys and values of
-    the others are constants. Stands in for scaled_dot_product_attention, whose options it ignores."""
+    """Attention with the same value, but backward a token's output reaches its own q, k and v only: the keys and values
+    of other tokens are constants. Stands in for scaled_dot_product_attention, whose options it ignores."""
     k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for z in (k, v))
     own_score = (q.detach() * (k - k.detach())).sum(-1)  # 0, with the gradient of q_t k_t by k_t
     scores = (q @ k.detach().mT + torch.diag_embed(own_score)) / math.sqrt(q.shape[-1])
@@ -739,7 +736,7 @@ def multiple_choice(model, questions, encoding):
     """Accuracy on multiple-choice questions, and what the removal of each layer costs (LNS section 2.1), a dict:
 
     accuracy     float  share of the questions whose best choice is the answer: acc_norm of EleutherAI's harness
-    acc          float  the same where the best choice is the one of greatest log-likelihood, undivided: its acc
+    acc          float  the same, with log-likelihoods that are not divided by the length: the harness's acc
     score_drop   (L)    accuracy - accuracy(without l): positive when the layer matters
     n_questions  int
 
@@ -785,42 +782,6 @@ def encode_choice(encoding, config, prompt, choice):
     return ids[:-1], targets
 
 
-def unpack(question):
-    """(prompts, choices, answer) of a question: a prompt for each choice, and the answer's index. KeyError, TypeError,
-    ValueError or AttributeError if it is not one."""
-    prompts, choices, answer = question["prompt"], question["choices"], question["answer"]
-    if isinstance(prompts, str):
-        prompts = [prompts] * len(choices)
-        answer = choices.index(answer) if isinstance(answer, str) else answer
-    is_index = type(answer) is int and 0 <= answer < len(choices)
-    if type(choices) is not list or type(prompts) is not list or len(prompts) != len(choices) or not is_index:
-        raise ValueError("prompt or choices is no list, one is longer than the other, or answer is none of them")
-    "".join([*prompts, *choices]).encode()  # all are texts; half of a surrogate pair has no bytes
-    return prompts, choices, answer
-
-
-def read_questions(path):
-    """The questions of a jsonl for `multiple_choice`; UserError names the line that is not one."""
-    questions = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside a JSON text
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"choices {path}: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                questions.append(json.loads(line))
-                unpack(questions[-1])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"{path}:{number} is not a question: an object with prompt (or a list, one for each choice), "
-                "choices (strings) and answer (an index from 0; with one prompt also one of the choices)"
-            ) from None
-    if not questions:
-        raise UserError(f"{path} holds no questions")
-    return questions
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of the measures: how each is had, and what tables and figures show of it
 
@@ -829,8 +790,8 @@ def read_questions(path):
 class Measure:
     """One row of the table. `columns` and `totals` are functions of the result that give {title: values}; None is not
     shown. A column is a tensor of L values, L + 1 with the embedding's output first, or one for each of the result's
-    "layers"; it is a column of a table and a panel of a figure. A total is a number or a text of the run as a whole; of
-    a tensor the mean is shown."""
+    "layers"; where it has further dimensions (heads, two gates), their mean is shown. It is a column of a table and a
+    panel of a figure. A total is a number or a text of the run as a whole; of a tensor the mean is shown."""
 
     what: str  # for --help
     compute: Callable  # a class, for the shared pass; or a function (model, batches) that makes passes of its own
@@ -1016,9 +977,45 @@ def load_batches(folder, config, tokens, batch_size, block_size=None, device="cp
     return list(zip(idx, targets))
 
 
+def unpack(question):
+    """(prompts, choices, answer) of a question: a prompt for each choice, and the answer's index. KeyError, TypeError,
+    ValueError or AttributeError if it is not one."""
+    prompts, choices, answer = question["prompt"], question["choices"], question["answer"]
+    if isinstance(prompts, str):
+        prompts = [prompts] * len(choices)
+        answer = choices.index(answer) if isinstance(answer, str) else answer
+    is_index = type(answer) is int and 0 <= answer < len(choices)
+    if type(choices) is not list or type(prompts) is not list or len(prompts) != len(choices) or not is_index:
+        raise ValueError("prompt or choices is no list, one is longer than the other, or answer is none of them")
+    "".join([*prompts, *choices]).encode()  # all are texts; half of a surrogate pair has no bytes
+    return prompts, choices, answer
+
+
+def read_questions(path):
+    """The questions of a jsonl for `multiple_choice`; UserError names the line that is not one."""
+    questions = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside a JSON text
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"choices {path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                questions.append(json.loads(line))
+                unpack(questions[-1])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f"{path}:{number} is not a question: an object with prompt (or a list, one for each choice), "
+                "choices (strings) and answer (an index from 0; with one prompt also one of the choices)"
+            ) from None
+    if not questions:
+        raise UserError(f"{path} holds no questions")
+    return questions
+
+
 def plan_run(out_dir, settings, config, checkpoint):
-    """(names of the measures, {name: its options}, {name: what it gets in place of the held-out text}) for a run, the
-    last two only of measures that have any; UserError for what it cannot be asked."""
+    """For a run: (names of its measures, {name: its options}, {name: what it reads in place of the held-out text}); a
+    measure that has none is not in these dicts. UserError for what cannot be measured on this run."""
     names = settings.names()
     if "experts" in names and not config.n_expert:
         names.remove("experts")  # check_runs has said so where they were asked for by name
@@ -1035,7 +1032,7 @@ def plan_run(out_dir, settings, config, checkpoint):
 
 
 def check_runs(out_dirs, settings):
-    """UserError, before the long part, for what would end the analysis of one of the runs."""
+    """Before anything is measured: UserError for what would end the analysis of one of the runs."""
     dense = []
     for out_dir in out_dirs:
         model, checkpoint = load_run(out_dir)
@@ -1168,7 +1165,7 @@ MARKERS = "o", "s", "^", "D", "v", "P", "X", "*", "<"
 
 
 def line_styles(names):
-    """{name: how its lines are drawn}, each different up to 28 names, the same in every figure."""
+    """{name: how its lines are drawn}, each different up to 252 names, the same in every figure."""
     looks = zip(names, cycle(COLORS), cycle(DASHES), cycle(MARKERS))
     return {n: {"color": c, "linestyle": d, "marker": m, "ms": 4, "lw": 1.2} for n, c, d, m in looks}
 
@@ -1386,7 +1383,8 @@ def draw_training(results, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sweeps: runs that differ in some settings, averaged over seeds
 
-# Settings that follow from others where they are not given, and from which: where those decide it, it is no difference.
+# Settings that others decide where they are not given, and these others. Where runs that agree in the others agree in
+# such a setting too, it is no difference of its own.
 DERIVED = {
     "n_kv_head": "n_head",
     "head_dim": "n_embd n_head",
@@ -1467,8 +1465,8 @@ def measure_sweep(runs, folder, settings, device):
 
 
 def differing(given):
-    """The names of the settings in which runs differ, of the settings of each: norm first, then learning_rate, the seed
-    last."""
+    """The names of the settings in which runs differ: norm first, then learning_rate, the others by name, the seed
+    last. `given` is a list of the runs' settings, dicts."""
     names = set().union(*given).difference(IGNORED)  # a run of an earlier version, or an imported one, may lack some
     differ = {name for name in names if len({of_run[name] for of_run in given if name in of_run}) > 1}
 
@@ -1504,7 +1502,7 @@ def finished_losses(runs):
 
 
 def best_groups(runs):
-    """by_group's groups at their best learning rate: of groups that differ in nothing else, the one with the fewest
+    """by_group's groups at their best learning rate: of groups that differ only in it, the one with the fewest
     diverged runs and, among those, the smallest mean loss. Groups without a finished run are left out."""
 
     def rank(group):
@@ -1542,8 +1540,8 @@ def plus_minus(values, digits=4, standard_error=False):
 
 
 def sweep_tables(runs, baseline):
-    """Markdown: every group of runs that differ in the seed alone, and each at its best learning rate, compared with
-    the baseline at the same rate, and at its own best one."""
+    """Markdown, two tables: each group of runs that differ only in the seed, compared with the baseline at the same
+    learning rate; and each at its best learning rate, compared with the baseline at the baseline's best."""
     names = [name for name in runs[0]["settings"] if name != "seed"]
     titles = list(dict.fromkeys(title for entry in runs for title in entry["totals"]))
     head = [*names, "held-out loss, nats", f"minus {names[0]}={baseline}", "diverged", "unfinished"]
@@ -1600,8 +1598,8 @@ def draw_losses(runs, name, folder):
 
 
 def draw_groups(runs, folder):
-    """At its best learning rate, each group's layers (variance, gates, what was measured) and curves over training:
-    mean over seeds, and one standard deviation around it. Of a group with finished runs those alone."""
+    """For each group at its best learning rate: its layers (variance, gates, what was measured) and its curves over
+    training, mean over seeds with one standard deviation around it. Only finished runs count, where there are some."""
     groups, best = {}, best_groups(runs)
     for key, group in (best or by_group(runs)).items():
         groups[line_name(key)] = finished(group) or group
@@ -1667,7 +1665,7 @@ def main():
     measures = "\n".join(f"  {name:<12} {measure.what}" for name, measure in MEASURES.items())
     description = f"Measures what the layers of trained models do:\n\n{measures}"
     settings = configure(Settings, description, positional="out_dirs")
-    # what can go wrong goes wrong before the long part, what the user wrote before what is not installed
+    # what can go wrong goes wrong before the long part
     try:
         device = find_device(settings.device)
         torch.empty(1, device=device, dtype=torch.float64)
@@ -1676,24 +1674,19 @@ def main():
     has_matplotlib = find_spec("matplotlib") is not None
     if settings.figures and not has_matplotlib:
         raise UserError("figures need matplotlib: pip install matplotlib")
-    if settings.figures is None:
-        settings.figures = has_matplotlib
-        if not has_matplotlib:
-            print("no figures: they need matplotlib (pip install matplotlib)")
+    if settings.figures is None and not has_matplotlib:
+        print("no figures: they need matplotlib (pip install matplotlib)")
+    settings.figures = has_matplotlib and settings.figures is not False
     sweeps = [out_dir for out_dir in settings.out_dirs if is_sweep(out_dir)]
-    if not sweeps:
-        if settings.baseline is not None:
-            what = f"{settings.out_dirs[0]} is not a sweep of runs"
-            raise UserError(f"baseline={settings.baseline} has no effect: {what}")
-        analyze_runs(settings, device)
-        return
-    if len(settings.out_dirs) > 1:
+    if not sweeps and settings.baseline is not None:
+        raise UserError(f"baseline={settings.baseline} has no effect: {settings.out_dirs[0]} is not a sweep of runs")
+    if sweeps and len(settings.out_dirs) > 1:
         raise UserError(f"{sweeps[0]} is a sweep: name it alone")
-    if settings.analysis_dir:
+    if sweeps and settings.analysis_dir:
         raise UserError(f"analysis_dir={settings.analysis_dir} has no effect: the tables of a sweep go into its folder")
-    if settings.choices and settings.metrics == "all":
+    if sweeps and settings.choices and settings.metrics == "all":
         raise UserError(f"choices={settings.choices} has no effect on a sweep without --metrics=choices")
-    analyze_sweep(settings, device)
+    (analyze_sweep if sweeps else analyze_runs)(settings, device)
 
 
 if __name__ == "__main__":

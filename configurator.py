@@ -48,8 +48,8 @@ class UserError(Exception):
 
 
 def run(main):
-    """Runs a program's main(). A UserError, or an OSError or lack of memory that nothing below explained, ends it
-    with one line on standard error and exit code 2, Ctrl-C with one line and 130."""
+    """Runs a program's main(). A UserError, or an OSError or lack of memory that no function has turned into one, ends
+    it with one line on standard error and exit code 2, Ctrl-C with one line and 130."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
         main()
@@ -77,23 +77,22 @@ def configure(declaration, description, argv=None, positional=None):
     return build_settings(declaration, read_settings(declaration, description, argv, positional))
 
 
-def read_settings(declaration, description, argv=None, positional=None, never_lists=None):
+def read_settings(declaration, description, argv=None, positional=None, may_be_lists=()):
     """The settings that config files and `argv` (the command line) give: a dict by name, without those not given.
 
     Fields of the dataclass `declaration` may be int, float, str, bool, list[str], or one of them `| None`; a value of
     another type, such as a dict, comes from a config file alone. Annotated[int, (least, greatest)], Annotated[str, ...]
     (a table whose keys, or a tuple whose elements, are the choices) and Literal["a", "b"] limit the values.
 
-    `positional` names a list field that takes the arguments that are neither settings nor config files. With
-    `never_lists`, any setting that it does not name may be a list of values: with commas between them on the command
-    line, a Python list in a config file. The dict has the order in which the settings were given last. UserError for an
-    unknown setting, a value of another type, or a config file that fails; `--help` prints and exits.
+    `positional` names a list field that takes the arguments that are neither settings nor config files. The settings in
+    `may_be_lists` may also be a list of values: with commas between them on the command line, a Python list in a config
+    file. The dict has the order in which the settings were given last. UserError for an unknown setting, a value of
+    another type, or a config file that fails; `--help` prints and exits.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if "--help" in args or "-h" in args:
         print(help_text(declaration, description, positional))
         sys.exit(0)
-    may_be_lists = set() if never_lists is None else set(declaration.__dataclass_fields__) - set(never_lists)
     values, lists = {}, {}  # lists: the values of list[str] so far, to which arguments add until a file gives others
     while args:
         arg = args.pop(0)

@@ -54,11 +54,6 @@ import tiktoken
 
 from configurator import COUNT, NATURAL, NOT_NEGATIVE, SHARE, UserError, configure, run, save_whole
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two runs from the same data set
-    fcntl = None
-
 
 @dataclass
 class Settings:
@@ -149,7 +144,8 @@ def open_shard(path):
 
 
 def open_mask(path, tokens):
-    """The mask beside a shard, a read-only memory map of uint8; ones without one. UserError if it is truncated."""
+    """The mask beside a shard, a read-only memory map of uint8; all ones where there is none. UserError if it is
+    truncated."""
     path = Path(path).with_suffix(".mask")
     if not path.exists():
         return np.broadcast_to(np.uint8(1), len(tokens))
@@ -192,9 +188,9 @@ class TokenData:
     document is short enough; longer ones are cut, shorter ones padded at the right, without loss. Attention is causal,
     so that no token sees the padding or another document.
 
-    Row i of training is a pure function of (seed, i): epoch i // len(self), in which a permutation of its own visits
-    each window or document once. Nothing is held but the memory maps, and 8 bytes for each document where they are
-    the rows (one pass over the shards finds them, when they are opened); any row can be had at once.
+    Row i of training is a pure function of (seed, i). Its epoch is i // len(self); in each, a permutation of its own
+    visits every window or document once. Nothing is held but the memory maps, and 8 bytes for each document where they
+    are the rows (one pass over the shards finds them, when they are opened); any row can be had at once.
     """
 
     def __init__(self, folder, split, block_size, vocab_size, seed=0, rows="windows"):
@@ -205,7 +201,7 @@ class TokenData:
         """
         self.paths = shard_paths(folder, split)
         if not self.paths:
-            raise UserError(f"no {split} shards ({split}_*.bin) in {folder}")
+            raise UserError(f"no {split} shards ({split}_*.bin or {split}.bin) in {folder}")
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.shards = [open_shard(path) for path in self.paths]
         self.masks = [open_mask(path, tokens) for path, tokens in zip(self.paths, self.shards)]
@@ -224,7 +220,7 @@ class TokenData:
                 lack = f"{folder} has no meta.json that names it; --adopt --tokenizer=NAME writes one"
                 raise UserError(f"rows=documents needs the end-of-text token, and {lack}")
             self.eot = build_encoding(meta["tokenizer"]).eot_token
-            self.starts = document_starts(self.shards, self.eot)
+            self.starts = document_starts(self.shards, self.offsets, self.eot)
             if not len(self.starts):
                 raise UserError(f"the {split} data in {folder} have no document: no text follows an end-of-text token")
             return
@@ -277,24 +273,22 @@ class TokenData:
         return np.concatenate(parts), np.concatenate(masks)
 
 
-def document_starts(shards, eot):
-    """Positions in a split (its shards one after the other) of the end-of-text tokens before a text: an int64 array."""
-    starts, offset, was_end = [np.empty(0, np.int64)], 0, False
-    for tokens in shards:
+def document_starts(shards, offsets, eot):
+    """Positions in a split (its shards one after the other) of the end-of-text tokens before a text: an int64 array.
+    `offsets` are the positions of the shards, and of the split's end."""
+    ends = []  # of the texts, and of the split
+    for tokens, offset in zip(shards, offsets):
         for start in range(0, len(tokens), JOB):
-            is_end = tokens[start : start + JOB] == eot
-            is_first = ~is_end & np.append(was_end, is_end[:-1])  # the first token of a text
-            starts.append(offset + start + np.flatnonzero(is_first) - 1)
-            was_end = is_end[-1]
-        offset += len(tokens)
-    return np.concatenate(starts)
+            ends.append(offset + start + np.flatnonzero(tokens[start : start + JOB] == eot))
+    ends = np.concatenate([*ends, offsets[-1:]])
+    return ends[:-1][np.diff(ends) > 1]  # a text lies between this one and the next
 
 
 def permute(i, n, key):
     """Where i goes in a pseudo-random permutation of range(n) that `key` (bytes) selects.
 
-    A four-round Feistel network on the next even number of bits is a permutation of them whatever its round function;
-    walking on until the value falls under n makes one of range(n).
+    A Feistel network of four rounds permutes the numbers of 2 * half bits, whatever its round function is. A result
+    that is not below n is put in again until it is: this permutes range(n).
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:
@@ -537,7 +531,7 @@ def total(state, name):
 
 
 def check_problems(settings, state, source, n_waiting=0):
-    """UserError if there is no text, or too much of it is broken."""
+    """UserError if there is no text, if too much of it is broken, or if all of it is held out."""
     n_train, n_kept = state["splits"]["train"]["documents"], total(state, "documents") + n_waiting
     # those of the other two kinds are counted, but are no reason to stop
     broken = {kind: found for kind, found in state["problems"].items() if kind not in ("empty", ALTERED)}
@@ -554,7 +548,8 @@ def check_problems(settings, state, source, n_waiting=0):
 
 
 def halves(document, encoding, source):
-    """Nine tenths of the only document and the rest, or somewhat less, so as to cut at the end of a line."""
+    """The only document in two: its first nine tenths, or less (at least half of that) to end where a line ends, and
+    the rest. UserError if it has a prompt or is too short."""
     text = decode_bytes(encoding, document.tokens[1:])
     middle = len(text) * 9 // 10
     middle = text.rfind(b"\n", middle // 2, middle) + 1 or whole_characters(text[:middle])
@@ -606,8 +601,10 @@ def fingerprint(settings, inputs):
 @contextmanager
 def locked(folder, work):
     """Keeps other processes of this machine from the same work in a folder, where its file system has locks; a process
-    that is killed lets go of it. `work` says in an error what the other one does."""
-    if fcntl is None:
+    that is killed lets go of it. `work` names, in the error, what the other process is doing."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -754,30 +751,30 @@ def optional(module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs: a reader for each kind. It yields pieces of the input from a Place on: (data, Place after it). The data are
-# whole lines as bytes (text, jsonl), or a list of rows, each a tuple of the fields' values. A piece depends only on
-# where it starts, so that a continued run reads the same ones.
+# lines as bytes (text, jsonl; a line of text longer than JOB is cut), or a list of rows, each a tuple of the fields'
+# values. A piece depends only on where it starts, so that a continued run reads the same ones.
 
-JOB = 1 << 20  # bytes of text that a worker gets at once; also how many tokens of a shard are looked through at once
+JOB = 1 << 20  # bytes of text that are read at once, about what a worker gets; tokens that are looked through at once
 ROWS = 256  # of a parquet file or a hub corpus that are read at once
 MAX_LINE = 1 << 28  # bytes of a line of jsonl
 
 
 class Place(NamedTuple):
-    """A place in the inputs: at the start of a line of text or jsonl (inside one of more than JOB), or of a row."""
+    """Where a piece of the inputs begins: at the start of a line or row, or inside a line of text longer than JOB."""
 
     index: int = 0  # of the input
     offset: int = 0  # bytes before it, decompressed, or rows
-    line: int = 1  # number of the line or row that begins there
+    line: int = 1  # number of the line or row at this place
 
 
 def read_lines(source, place, fields):
     """Text and jsonl: about JOB bytes at once. A line of text that is longer is cut between characters."""
     index, offset, line = place
-    rest = b""
+    rest, is_end = b"", False
     with open_stream(source.path) as stream:
         for start in range(0, offset, JOB):  # a continued run reads up to its place again
             stream.read(min(JOB, offset - start))
-        while True:
+        while not is_end:
             data = rest + stream.read(JOB - len(rest))
             while source.kind == "jsonl" and b"\n" not in data and (more := stream.read(JOB)):
                 data += more
@@ -791,8 +788,6 @@ def read_lines(source, place, fields):
                 line += data.count(b"\n")
                 offset += len(data)
                 yield data, Place(index, offset, line)
-            if is_end:
-                return
 
 
 @contextmanager
@@ -1215,8 +1210,8 @@ def train_bpe(inputs, settings):
 
 
 def sample_texts(inputs, settings):
-    """Some bpe_sample bytes of documents that are not held out: the beginning of each input, the inputs in a random
-    order and in equal parts but for small ones."""
+    """Texts of documents that are not held out, some bpe_sample bytes in all. The inputs are read in a random order
+    until that is enough; of each the beginning, an equal part of bpe_sample but at least a megabyte."""
     n_bytes, share = 0, max(1_000_000, settings.bpe_sample // len(inputs))
     for source in random.Random(settings.seed).sample(inputs, len(inputs)):
         enough = min(n_bytes + share, settings.bpe_sample)
@@ -1285,8 +1280,8 @@ def encode(encoding, text):
 
 
 def decode_bytes(encoding, ids):
-    """The bytes of token ids: exactly those that were encoded. Ids that the tokenizer does not know are byte 255, or
-    nothing with a tokenizer.json."""
+    """The bytes of token ids: those that were encoded, unless a tokenizer.json altered them. An id that the tokenizer
+    does not know is byte 255, or nothing with a tokenizer.json."""
     if isinstance(encoding, JsonTokenizer):
         return encoding.tokenizer.decode(list(map(int, ids)), skip_special_tokens=False).encode()
 
@@ -1402,9 +1397,9 @@ def adopt(settings):
     lengths = np.array([len(decode_bytes(encoding, [i])) for i in range(encoding.n_vocab)])
     lengths[encoding.eot_token] = 0
     for split in SPLITS:
+        data = TokenData(folder, split, 1, encoding.n_vocab)
         shards, counts = [], np.zeros(encoding.n_vocab, np.int64)  # counts: of each token in the split
-        for path in shard_paths(folder, split):
-            tokens = open_shard(path)
+        for path, tokens, mask in zip(data.paths, data.shards, data.masks):
             for start in range(0, len(tokens), JOB):
                 some = tokens[start : start + JOB]
                 if some.max() >= encoding.n_vocab:
@@ -1413,13 +1408,8 @@ def adopt(settings):
                 counts += np.bincount(some, minlength=encoding.n_vocab)
             shards.append({"file": path.name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
             if path.with_suffix(".mask").exists():
-                shards[-1]["mask_crc32"] = zlib.crc32(open_mask(path, tokens))
-        n_masks = sum("mask_crc32" in shard for shard in shards)
-        if n_masks not in (0, len(shards)):
-            raise UserError(f"{n_masks} of the {len(shards)} {split} shards in {folder} have a .mask")
+                shards[-1]["mask_crc32"] = zlib.crc32(mask)
         n_tokens, n_documents, n_bytes = map(int, (counts.sum(), counts[encoding.eot_token], counts @ lengths))
-        if not n_tokens:
-            raise UserError(f"no {split} shards ({split}_*.bin or {split}.bin) in {folder}")
         splits[split] = {"documents": n_documents, "bytes": n_bytes, "shards": shards, "tokens": n_tokens}
     saved = save_tokenizer(folder, tokenizer_state(encoding))
     write_meta(folder, saved, encoding, splits, {"source": ["shards made elsewhere"]})
@@ -1427,7 +1417,8 @@ def adopt(settings):
 
 
 def write_meta(folder, tokenizer, encoding, splits, more):
-    """The manifest, whole or not at all; `splits` maps train and val to their counts and shards."""
+    """Writes the manifest, whole or not at all, and prints the counts; `splits` maps train and val to their counts and
+    shards."""
     meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, **more, "splits": splits}
     save_json(folder / "meta.json", meta)
     for split, counts in splits.items():

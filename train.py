@@ -198,7 +198,8 @@ def main():
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     with connected_processes() as processes:
         stop = StopRequest(is_main=processes.rank == 0)
-        given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", never_lists=NEVER_LISTS)
+        may_be_lists = Settings.__dataclass_fields__.keys() - NEVER_LISTS
+        given = read_settings(Settings, "Pretrains a GPT with any placement of its norms.", may_be_lists=may_be_lists)
         lengths = [name for name in ("max_iters", "epochs", "max_tokens") if given.get(name) is not None]
         for name in lengths[1:]:
             first = lengths[0]
