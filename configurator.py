@@ -11,9 +11,10 @@
 
 A config file is Python that assigns settings by name (`batch_size = 4`). It runs in a namespace of its own; its names
 that begin with an underscore, modules, functions and classes are ignored. Later files and arguments override earlier
-ones. A program may accept lists of values too: `--batch_size=4,8`. `--help` prints the declaration: each setting with
-its type, default, limits and the comment at the end of its line, which must be one line, under the headings that are
-comments of their own. Methods come after all settings.
+ones; arguments for a list of texts, such as --input, add up. A program may accept lists of values too:
+`--batch_size=4,8`. `--help` prints the declaration: each setting with its type, default, limits and the comment at the
+end of its line, which must be one line, under the headings that are comments of their own. Methods come after all
+settings.
 """
 
 import dataclasses
@@ -33,7 +34,8 @@ import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Types of settings with their least and greatest value.
+# Types of settings with their least and greatest value. model.py, which needs nothing but torch, has its own: there
+# NATURAL ends at 2**31 - 1.
 COUNT = Annotated[int, (1, 2**31 - 1)]
 NATURAL = Annotated[int, (0, 2**63 - 1)]
 POSITIVE = Annotated[float, (1e-300, 1e300)]
@@ -307,7 +309,7 @@ def read_log(path):
         try:
             record = json.loads(line)
             if type(record["step"]) is not int:
-                raise ValueError("its step is no whole number")
+                raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             fault = "is not a JSON object with a step; mend the line or move the file away"
             raise UserError(f"{path}:{number} {fault}") from None

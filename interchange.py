@@ -8,12 +8,12 @@
 
 From a notebook: `fold(model)`, `export_hf(model, folder)`, `import_hf(folder)`, `harness_model(out_dir)`.
 
-A gate is a known factor at inference, and a norm undoes factors: a trained gpas_ model equals one without gates that
-has other weights, exactly (`fold`). What is folded is a model that other programs may know by another name: FAMILIES
-is one table from their names to ours, read in both directions. The files are written and read by transformers, whose
-class of the family holds the weights on the way: tried with transformers 5.24, whose experts are stacked as ours are.
-An earlier one ends in an error where it differs. Benchmarks need no export: lm-evaluation-harness (tried with lm_eval
-0.4.13) is handed the run's own GPT.
+A gate is a known factor at inference, and a norm undoes factors: a trained gpas_ model equals, up to rounding, one
+without gates that has other weights (`fold`). Other programs may know the folded model by another name: FAMILIES is
+one table from their names to ours, read in both directions. transformers writes and reads the files: its class of the
+family is built, and the weights are copied into it or out of it. Tried with transformers 5.24, whose experts are
+stacked as ours are; an earlier one ends in an error where it differs. Benchmarks need no export:
+lm-evaluation-harness (tried with lm_eval 0.4.13) is handed the run's own GPT.
 """
 
 import copy
@@ -57,18 +57,21 @@ def fold(model):
     of S u is A(S u) = sign(S) A'(u) with A's eps / S^2 as the eps of A' (dyt: its slope times S); without A the factor
     S goes to f's first matrices. Gates at other places (gpas_position) and LNS's s are factors of the same kind.
 
-    The result's config has norm without gpas_, a gain in every norm, and s in the gains (s_position=gain). Its norms
-    have eps of their own, which a checkpoint does not hold: fold after loading, not before saving. ValueError, naming
-    the layer, for gates whose product S float32 or the weights' dtype cannot hold (norms square u).
+    The result's config has norm without gpas_, a gain in every norm, and no factor s: that is in the weights
+    (s_position=gain). Its norms have eps of their own, which a checkpoint does not hold: fold after loading, not before
+    saving. ValueError, naming the layer, for gates whose product S float32 or the weights' dtype cannot hold (norms
+    square u).
     """
     plain, c = copy.deepcopy(model), model.config
     no_gates = dict(norm=c.norm.removeprefix("gpas_"), gpas_act="silu", gpas_position="sublayer", gate_init=None)
     no_gates |= dict(gpas_stop_gradient=True, gate_per="layer")
     s_position = "gain" if find_scheme(c.norm)[0].s else "norm"
     plain.config = replace(c, norm_affine=True, s_position=s_position, **no_gates)
-    for name, norm in plain.named_modules():
-        if isinstance(norm, Norm) and norm.weight is None:
-            give_gain(norm, name.rpartition(".")[2], plain)
+    like = plain.lm_head.weight
+    for norm in plain.modules():
+        if isinstance(norm, Norm) and norm.weight is None:  # it gets a gain of ones, dyt also a bias of zeros
+            norm.weight = nn.Parameter(like.new_ones(norm.dim))
+            norm.bias = nn.Parameter(like.new_zeros(norm.dim)) if norm.alpha is not None else None
 
     S = 1.0
     for l, block in enumerate(plain.blocks, 1):
@@ -84,7 +87,7 @@ def fold(model):
             (block.mlp, block.mlp_residual, mlp_factors),
         ):
             S *= factors["before"]
-            if isinstance(residual.pre_norm, Norm):
+            if "A" in residual.places:
                 scale_norm_input(residual.pre_norm, S)
                 scale_norm_output(residual.pre_norm, factors["norm"])
             else:
@@ -108,22 +111,13 @@ def fold(model):
 
 
 def take_factors(residual, gate):
-    """{place: factor} of s and of the gate's factor at the places of a Residual, from which s is taken out."""
+    """{point: factor}: what s and the gate multiply by at the points of Residual.at. s is taken out of the Residual."""
     factors = dict.fromkeys(("before", "norm", "branch", "stream"), 1.0)
     factors[residual.gate_place] *= gate
     if residual.s_place is not None:
         factors[residual.s_place] *= residual.s
         residual.s_place = None
     return factors
-
-
-def give_gain(norm, name, model):
-    """A gain of ones (dyt: a bias of zeros too) for the norm `name` of a model that has none."""
-    c, like = model.config, model.lm_head.weight
-    heads = {"q_norm": c.n_head, "k_norm": c.n_kv_head, "v_norm": c.n_kv_head}
-    dim = c.head_dim * (heads[name] if c.qk_norm == "full" else 1) if name in heads else c.n_embd
-    norm.weight = nn.Parameter(like.new_ones(dim))
-    norm.bias = nn.Parameter(like.new_zeros(dim)) if norm.alpha is not None else None
 
 
 def scale_norm_input(norm, factor):
@@ -156,7 +150,7 @@ def scale_matrices(f, names, factor):
 
 def scale_branch(residual, f, factor):
     """Makes the branch b B(f) into factor times itself."""
-    if isinstance(residual.out_norm, Norm):
+    if "B" in residual.places:
         scale_norm_output(residual.out_norm, factor)
     else:
         scale_matrices(f, LAST, factor)
@@ -235,11 +229,12 @@ def qwen3_moe_write(c):
 
 
 def qwen3_moe_read(theirs):
-    """moe_from, moe_every and n_hidden from Qwen3-MoE's list of the dense layers."""
+    """moe_from and moe_every from Qwen3-MoE's list of the dense layers, and n_hidden. Where there are no dense layers,
+    their width in the file has no effect, and is overwritten."""
     L = theirs.num_hidden_layers
     layers = [l for l in range(1, L + 1) if l - 1 not in theirs.mlp_only_layers]
     if len(layers) == L:
-        theirs.intermediate_size = theirs.moe_intermediate_size  # the width of dense layers, of which there are none
+        theirs.intermediate_size = theirs.moe_intermediate_size
     first = layers[0] if layers else L + 1
     every = layers[1] - layers[0] if len(layers) > 1 else L
     return {"moe_from": first, "moe_every": every, "n_hidden": theirs.moe_intermediate_size}
@@ -280,11 +275,25 @@ FAMILIES = {
 }
 
 
+def find_family(model, name=None):
+    """The name of a folded model's family, which has to be `name` if that is given; UserError says what is amiss."""
+    if name is not None and name not in FAMILIES:
+        raise UserError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
+    reasons = {n: misfits(family, model) for n, family in FAMILIES.items() if name in (None, n)}
+    fewest = min(map(len, reasons.values()))
+    nearest = {n: phrases for n, phrases in reasons.items() if len(phrases) == fewest}
+    if fewest:
+        what = "has no counterpart in transformers; the nearest are" if name is None else "is not"
+        text = "; ".join(f"{n}, but {' and '.join(phrases)}" for n, phrases in nearest.items())
+        raise UserError(f"a model of norm {model.config.norm} {what} {text}")
+    return next(iter(nearest))
+
+
 def misfits(family, model):
     """Why a folded model is not one of the family, one phrase each."""
     c = model.config
     residuals = [r for block in model.blocks for r in (block.attn_residual, block.mlp_residual)]
-    places = sorted({places_of(r) or "none" for r in residuals})
+    places = sorted({"".join(sorted(r.places)) or "none" for r in residuals})
     facts = [("place of norms", SCHEMES[family.norm].norms, " and ".join(places))]
     fixed = {
         "norm_type": "rmsnorm",
@@ -304,116 +313,8 @@ def misfits(family, model):
     return reasons
 
 
-def places_of(residual):
-    """The places of the norms of a Residual, such as AB."""
-    norms = {"A": residual.pre_norm, "B": residual.out_norm, "C": residual.post_norm}
-    return "".join(place for place, norm in norms.items() if isinstance(norm, Norm))
-
-
-def find_family(model, name=None):
-    """The name of a folded model's family, which has to be `name` if that is given; UserError says what is amiss."""
-    if name is not None and name not in FAMILIES:
-        raise UserError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
-    reasons = {n: misfits(family, model) for n, family in FAMILIES.items() if name in (None, n)}
-    fewest = min(map(len, reasons.values()))
-    nearest = {n: phrases for n, phrases in reasons.items() if len(phrases) == fewest}
-    if fewest:
-        what = "has no counterpart in transformers; the nearest are" if name is None else "is not"
-        text = "; ".join(f"{n}, but {' and '.join(phrases)}" for n, phrases in nearest.items())
-        raise UserError(f"a model of norm {model.config.norm} {what} {text}")
-    return next(iter(nearest))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What both directions use
-
-
-@contextmanager
-def explained(what):
-    """Turns any error within into a UserError that begins with `what`. For calls of other libraries, which have error
-    classes of their own (safetensors even for a full disk)."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UserError(f"{what}: {reason}") from None
-
-
-def settings_of(name, c):
-    """The settings of transformers' config class for a GPTConfig as the family `name`."""
-    family = FAMILIES[name]
-    settings = {theirs: getattr(c, ours) for theirs, ours in (SETTINGS | family.settings).items()}
-    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return {**settings, **family.write(c), **tokens, "rope_parameters": rope}
-
-
-def tensor_pairs(model, theirs, family):
-    """(ours, theirs) for each weight of a GPT and of a transformers model: views of their memory, of one shape, so that
-    one can be copied into the other. UserError for a tensor of either without counterpart."""
-    parts, ours = {}, model.state_dict()
-    for name, tensor in theirs.state_dict().items():
-        for old, new in (NAMES | family.norm_names).items():
-            name = name.replace(old, new)
-        if "gate_up" in name:
-            gate, up = tensor.chunk(2, dim=-2)
-            parts |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
-        else:
-            parts[name] = tensor
-    if left := ours.keys() ^ parts.keys():
-        version = prepare_data.optional("transformers").__version__
-        known = f"the parameters of model.py and transformers 5.24 (here is {version})"
-        raise UserError(f"{min(left)} has no counterpart in the table, which knows {known}")
-    for name, tensor in parts.items():
-        our = ours[name]
-        if family.is_interleaved and ("q_proj" in name or "k_proj" in name):
-            half = model.config.head_dim // 2  # a head's rows are `half` pairs for them, two halves for us
-            our, tensor = our.unflatten(0, (-1, 2, half)), tensor.unflatten(0, (-1, half, 2)).transpose(1, 2)
-        yield our, tensor
-
-
-@torch.no_grad()
-def check_logits(model, theirs, max_difference):
-    """The largest difference between the logits of a GPT and of a transformers model on random tokens; UserError if it
-    is above `max_difference`."""
-    c, device = model.config, model.lm_head.weight.device
-    idx = torch.randint(c.vocab_size, (2, min(c.block_size, 64)), generator=torch.Generator().manual_seed(0)).to(device)
-    difference = (theirs.to(device).eval()(idx).logits - model(idx)[0]).abs().max().item()
-    if not difference <= max_difference:
-        kind = theirs.config.model_type
-        raise UserError(f"as {kind} its logits differ by {difference:.1e}, more than max_difference {max_difference}")
-    return difference
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Export
-
-
-@torch.no_grad()
-def absorb(plain):
-    """Puts into the weights of a folded model, in place, what is a constant factor of a branch (b; the average with
-    shared experts) or a function of the token alone (the embedding's norm)."""
-    c = plain.config
-    for block in plain.blocks:
-        for residual, f in ((block.attn_residual, block.attn), (block.mlp_residual, block.mlp)):
-            b = residual.branch_scale
-            if b is not None:
-                scale_branch(residual, f, b if isinstance(residual.out_norm, Norm) else b[:, None])
-                residual.branch_scale = None
-        if isinstance(block.mlp, MoE) and c.average_shared and c.n_expert_shared:
-            scale_matrices(block.mlp.experts, LAST, c.n_expert_active / (c.n_expert_active + 1))
-            scale_matrices(block.mlp.shared, LAST, 1 / (c.n_expert_active + 1))
-            block.mlp.average_shared = False
-    if c.embed_norm and c.tie_embeddings:
-        raise UserError("the embedding's norm cannot go into a table that is the head too (tie_embeddings)")
-    plain.embed_tokens.weight.copy_(plain.embed_norm(plain.embed_tokens.weight))
-    plain.embed_norm = nn.Identity()
-    # A model whose layers were pruned has fewer than its config says.
-    absorbed = dict(branch_scale="none", layerscale_init=1e-4, average_shared=False, embed_norm=False)
-    plain.config = replace(c, n_layer=len(plain.blocks), **absorbed)
-    return plain
 
 
 EXPORTED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -422,11 +323,11 @@ EXPORTED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_con
 def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, overwrite=False):
     """Writes `model`, folded, to `folder` for transformers: config.json, model.safetensors in the weights' dtype, and
     the files of `tokenizer` (a checkpoint's tokenizer state). Returns the family's name and the largest difference of
-    transformers' logits to the model's on random tokens, most of which is rounding and that all norms there have one
-    eps.
+    transformers' logits to the model's on random tokens: rounding, and the eps, of which folded norms have one each and
+    theirs one for all.
 
-    UserError where no family is the model's, and, with nothing written, for a difference above `max_difference`. What
-    `overwrite` replaces is an earlier export and nothing else.
+    UserError, and nothing is written, where no family is the model's and for a difference above `max_difference`.
+    `overwrite` replaces an earlier export and nothing else.
     """
     folder = Path(folder).resolve()
     if folder.exists():
@@ -444,7 +345,7 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
             new_tokenizer = build_tokenizer(tokenizer, plain.config)
             config.bos_token_id = config.eos_token_id = new_tokenizer.eos_token_id
         theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=plain.lm_head.weight.dtype)
-        for our, tensor in tensor_pairs(plain, theirs, FAMILIES[name]):
+        for our, tensor in tensor_pairs(plain, theirs):
             tensor.copy_(our)
     difference = check_logits(model, theirs, max_difference)
 
@@ -464,6 +365,31 @@ def export_hf(model, folder, tokenizer=None, family=None, max_difference=1e-3, o
                 if old.exists() and not folder.exists():
                     old.rename(folder)  # what was there comes back
     return name, difference
+
+
+@torch.no_grad()
+def absorb(plain):
+    """Puts into the weights of a folded model, in place, what is a constant factor of a branch (b; the average with
+    shared experts) or a function of the token alone (the embedding's norm)."""
+    c = plain.config
+    for block in plain.blocks:
+        for residual, f in ((block.attn_residual, block.attn), (block.mlp_residual, block.mlp)):
+            b = residual.branch_scale
+            if b is not None:
+                scale_branch(residual, f, b if "B" in residual.places else b[:, None])
+                residual.branch_scale = None
+        if isinstance(block.mlp, MoE) and c.average_shared and c.n_expert_shared:
+            scale_matrices(block.mlp.experts, LAST, c.n_expert_active / (c.n_expert_active + 1))
+            scale_matrices(block.mlp.shared, LAST, 1 / (c.n_expert_active + 1))
+            block.mlp.average_shared = False
+    if c.embed_norm and c.tie_embeddings:
+        raise UserError("the embedding's norm cannot go into a table that is the head too (tie_embeddings)")
+    plain.embed_tokens.weight.copy_(plain.embed_norm(plain.embed_tokens.weight))
+    plain.embed_norm = nn.Identity()
+    # A model whose layers were pruned has fewer than its config says.
+    absorbed = dict(branch_scale="none", layerscale_init=1e-4, average_shared=False, embed_norm=False)
+    plain.config = replace(c, n_layer=len(plain.blocks), **absorbed)
+    return plain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,7 +428,7 @@ def import_hf(folder, block_size=None, max_difference=1e-3):
     model.to_empty(device="cpu")
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    for our, tensor in tensor_pairs(model, theirs, FAMILIES[name]):
+    for our, tensor in tensor_pairs(model, theirs):
         our.copy_(tensor)
     check_logits(model, theirs, max_difference)
     return model
@@ -549,6 +475,69 @@ def read_config(folder, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What both directions use
+
+
+@contextmanager
+def explained(what):
+    """Turns any error within into a UserError that begins with `what`. For calls of other libraries, which have error
+    classes of their own (safetensors even for a full disk)."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{what}: {reason}") from None
+
+
+def settings_of(name, c):
+    """The settings of transformers' config class for a GPTConfig as the family `name`."""
+    family = FAMILIES[name]
+    settings = {theirs: getattr(c, ours) for theirs, ours in (SETTINGS | family.settings).items()}
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {**settings, **family.write(c), **tokens, "rope_parameters": rope}
+
+
+def tensor_pairs(model, theirs):
+    """(ours, theirs) for each weight of a GPT and of a transformers model: views of their memory, of one shape, so that
+    one can be copied into the other. UserError for a tensor of either without counterpart."""
+    family, parts, ours = FAMILIES[theirs.config.model_type], {}, model.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        for old, new in (NAMES | family.norm_names).items():
+            name = name.replace(old, new)
+        if "gate_up" in name:
+            gate, up = tensor.chunk(2, dim=-2)
+            parts |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        else:
+            parts[name] = tensor
+    if left := ours.keys() ^ parts.keys():
+        version = prepare_data.optional("transformers").__version__
+        known = f"the parameters of model.py and transformers 5.24 (here is {version})"
+        raise UserError(f"{min(left)} has no counterpart in the table, which knows {known}")
+    for name, tensor in parts.items():
+        our = ours[name]
+        if family.is_interleaved and ("q_proj" in name or "k_proj" in name):
+            half = model.config.head_dim // 2  # a head's rows are `half` pairs for them, two halves for us
+            our, tensor = our.unflatten(0, (-1, 2, half)), tensor.unflatten(0, (-1, half, 2)).transpose(1, 2)
+        yield our, tensor
+
+
+@torch.no_grad()
+def check_logits(model, theirs, max_difference):
+    """The largest difference between the logits of a GPT and of a transformers model on random tokens; UserError if it
+    is above `max_difference`."""
+    c, device = model.config, model.lm_head.weight.device
+    idx = torch.randint(c.vocab_size, (2, min(c.block_size, 64)), generator=torch.Generator().manual_seed(0)).to(device)
+    difference = (theirs.to(device).eval()(idx).logits - model(idx)[0]).abs().max().item()
+    if not difference <= max_difference:
+        kind = theirs.config.model_type
+        raise UserError(f"as {kind} its logits differ by {difference:.1e}, more than max_difference {max_difference}")
+    return difference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
@@ -580,7 +569,8 @@ def build_tokenizer(state, config):
 def import_tokenizer(folder):
     """The tokenizer state of the tokenizer.json in a folder; UserError where there is none that can be read.
 
-    The token between documents, our end of text, is the one that begins their texts, or else the one that ends them.
+    The token between documents, our end of text, is the one that begins their texts, or else the first that ends them,
+    or else the first of prepare_data.USUAL_ENDS that the file has.
     """
     config, path = check_folder(folder), Path(folder) / "tokenizer.json"
     if not path.exists():
@@ -596,7 +586,7 @@ def import_tokenizer(folder):
 
 def write_data(settings, tokenizer):
     """Writes the texts settings.text (as prepare_data takes them) to out_dir/data with the tokenizer of the imported
-    folder, half of the documents held out (where they are too few for it, one, or a tenth of the only one)."""
+    folder. Half of the documents are held out; of too few for that, one; of a single one, its last part."""
     given = dict(dataset="data", data_dir=settings.out_dir, input=settings.text, overwrite=settings.overwrite)
     given |= dict(tokenizer=str(Path(settings.import_from) / "tokenizer.json"), eot_token=tokenizer["eot_token"])
     try:
@@ -618,9 +608,9 @@ def score_continuations(model, pairs, batch_size=16):
     off at the left end; UserError for a continuation that alone is longer. `model` is in evaluation mode.
     """
     size, device = model.config.block_size, model.lm_head.weight.device
-    too_long = max((len(continuation) for _, continuation in pairs), default=0)
-    if too_long > size:
-        raise UserError(f"a continuation has {too_long} tokens, more than the block size {size}")
+    longest = max((len(continuation) for _, continuation in pairs), default=0)
+    if longest > size:
+        raise UserError(f"a continuation has {longest} tokens, more than the block size {size}")
     rows = [torch.tensor((context + continuation)[-(size + 1) :]) for context, continuation in pairs]
     longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # little padding, and memory runs out early
     scores = [None] * len(pairs)
@@ -680,7 +670,8 @@ def harness_model(out_dir, device="auto", batch_size=16):
             return score_continuations(model, pairs, batch_size)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            """The sum over a text's windows of block_size tokens, each token with as much before it as that allows."""
+            """The sum over a text's windows of block_size tokens, which follow each other: a token sees what is before
+            it in its window. The last window reaches back, so that it is as long as the others."""
             windows = []  # of each text, the pairs (context, continuation)
             for request in requests:
                 ids, size = self.tok_encode(request.args[0]), model.config.block_size
@@ -860,7 +851,7 @@ ACTIONS = {
 
 def main():
     settings = configure(Settings, "Exports a run's model or imports one, in Hugging Face form; runs benchmarks.")
-    os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")  # it says what matters itself
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")  # this program says enough
     if settings.to and settings.export is None:  # a file, which is written at the very end
         with explained(f"cannot write {settings.to}"):
             Path(settings.to).parent.mkdir(parents=True, exist_ok=True)

@@ -46,8 +46,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Types of settings with their least and greatest value. Annotated[str, TABLE] is the name of a row of that table, which
-# may stand further below.
+# Types of settings with their least and greatest value. Annotated[str, NAMES] is one of the names in a tuple, or of the
+# rows of a table, which may stand further below.
 COUNT = Annotated[int, (1, 2**31 - 1)]
 NATURAL = Annotated[int, (0, 2**31 - 1)]
 POSITIVE = Annotated[float, (1e-300, 1e300)]
@@ -58,9 +58,9 @@ SHARE = Annotated[float, (0, 1)]
 
 @dataclass
 class GPTConfig:
-    """The architecture. None means what the comment says; nearly every None is replaced by it, for good: for another norm
-    or width call GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what cannot be
-    built."""
+    """The architecture. None means what the comment says; nearly every None is replaced by it, for good: for another
+    norm or width call GPTConfig again, since dataclasses.replace would keep what was decided. ValueError for what
+    cannot be built."""
 
     # model
     block_size: COUNT = 256  # longest sequence in training and generation, in tokens
@@ -199,7 +199,7 @@ SCHEMES = {
     "out": Scheme("B"),  # x <- x + N(f(x)), OLMo 2's reordered norm
     "pre_post": Scheme("AC"),  # x <- N(x + f(N(x))), "A + C" in Peri-LN Table 5
     "deepnorm": Scheme("C", alpha=lambda L: (2 * L) ** 0.25, init="deepnorm"),  # x <- N(alpha x + f(x))
-    "mix": Scheme(mix_norms),  # a quarter of the layers post, the rest pre
+    "mix": Scheme(mix_norms),  # the first quarter of the layers (mix_ratio) post, the rest pre
     "lns": Scheme("A", s=lambda l: l**-0.5),  # x <- x + f(N(x) / sqrt(l)), LNS Eq. 12
     # others that the papers compare with
     "admin": Scheme("C", omega=True),  # x <- N(omega x + f(x)), Liu et al. 2020
@@ -232,7 +232,7 @@ def gpas(x, scale, keep=None):
 
     The last lines are this equation. Of a gradient g of the result, x gets g through the first term, and scale gets the
     sum of g * x through the second, which gate_scale hands on to the gate, times -act'(a). `keep` ("input" or "output")
-    gives the same values and gradients in less memory: see ScaleForwardOnly, which needs a single number as scale.
+    gives the same up to rounding, in less memory: see ScaleForwardOnly, which needs a single number as scale.
     """
     if keep and scale.numel() == 1:
         return ScaleForwardOnly.apply(x, scale, keep == "output")
@@ -288,7 +288,7 @@ class Residual(nn.Module):
     def __init__(self, config, l, is_mlp):
         super().__init__()
         scheme, _ = find_scheme(config.norm)
-        places = scheme.places(config, l, is_mlp)
+        self.places = places = scheme.places(config, l, is_mlp)  # such as "AB"
         self.pre_norm = Norm(config, config.n_embd) if "A" in places else nn.Identity()
         self.out_norm = Norm(config, config.n_embd) if "B" in places else nn.Identity()
         self.post_norm = Norm(config, config.n_embd) if "C" in places else None  # without it the gate acts elsewhere
@@ -350,7 +350,8 @@ class Norm(nn.Module):
 
     def __init__(self, config, dim, norm_type=None):
         super().__init__()
-        self.norm_type, self.eps, self.groups = norm_type or config.norm_type, config.norm_eps, config.norm_groups
+        self.norm_type, self.dim = norm_type or config.norm_type, dim
+        self.eps, self.groups = config.norm_eps, config.norm_groups
         is_dyt = self.norm_type == "dyt"
         self.weight = nn.Parameter(torch.ones(dim)) if config.norm_affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if config.norm_affine and is_dyt else None
@@ -406,10 +407,7 @@ class Attention(nn.Module):
         k = self.heads(self.k_proj(x), self.k_norm)
         v = self.heads(self.v_proj(x), self.v_norm)
 
-        if start == 0:
-            table = rotary_table(cache.max_len if cache else T, *self.rotary, x)
-        else:
-            table = cache.table
+        table = cache.table if start else rotary_table(cache.max_len if cache else T, *self.rotary, x)
         cos, sin = table[:, start : start + T]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache:
@@ -455,7 +453,9 @@ class Block(nn.Module):
         self.gate = nn.Parameter(torch.full((n_gates,), config.gate_init)) if is_gated else None
         self.gpas_act, self.b2t = config.gpas_act, scheme.b2t
         self.attn, self.attn_residual = Attention(config), Residual(config, l, is_mlp=False)
-        self.mlp, self.mlp_residual = make_mlp(config, l), Residual(config, l, is_mlp=True)
+        is_moe = config.n_expert and l >= config.moe_from and (l - config.moe_from) % config.moe_every == 0
+        self.mlp = MoE(config) if is_moe else MLP(config, config.n_hidden)
+        self.mlp_residual = Residual(config, l, is_mlp=True)
 
     def forward(self, x, cache=None):
         """x (B, T, n_embd) -> the same shape; with a KVCache, x holds the T tokens after those in the cache."""
@@ -494,8 +494,8 @@ class GPT(nn.Module):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and, with targets (B, T), the loss in nats.
 
         It is the mean cross-entropy over the targets that are not -100; in training mode the auxiliary losses are
-        added, weighted, and `self.losses` holds the parts. `caches`, one KVCache a block, says that idx continues what
-        they hold.
+        added, weighted. `self.losses` holds the parts without their weights. `caches`, one KVCache a block, says that
+        idx continues what they hold.
         """
         x = self.embed_norm(self.embed_tokens(idx))
         for i, block in enumerate(self.blocks):
@@ -643,7 +643,7 @@ class GPT(nn.Module):
     def profile_omega(self, idx):
         """Admin's initialization from one batch idx (B, T): omega is 1 in the first sub-layer, and then
 
-            omega_{i+1}^2 = Var[omega_i * x_i] + Var[f_i(x_i)]     accumulated over the branches so far
+            omega_{i+1}^2 = Var[omega_i * x_i] + Var[h_i]     accumulated over the branches h_i so far
 
         with the variances over all elements (Liu et al. 2020, in the form of its code's profiling pass).
         """
@@ -710,19 +710,13 @@ def initial_std(config, name, shape):
         "scaled": base / math.sqrt(2 * c.n_layer) if is_output else base,  # LNS section 6
         "depth": base / math.sqrt(2 * l),  # Zhang et al. 2019
         "olmo": 1 / math.sqrt(c.n_embd * (2 * l if is_output else 1)),  # LNS section 5.3.1
-        "xavier": xavier,  # Peri-LN Table 9; which of Xavier's two distributions it does not say, here the normal
+        "xavier": xavier,  # Peri-LN Table 8; which of Xavier's two distributions it does not say, here the normal
         "deepnorm": xavier if matrix in ("q_proj", "k_proj") else xavier * (8 * c.n_layer) ** -0.25,
     }[c.init]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixture of experts
-
-
-def make_mlp(config, l):
-    """The MLP of layer l: experts from layer moe_from on, in every moe_every-th layer, where there are any."""
-    is_moe = config.n_expert and l >= config.moe_from and (l - config.moe_from) % config.moe_every == 0
-    return MoE(config) if is_moe else MLP(config, config.n_hidden)
 
 
 class MoE(nn.Module):
@@ -798,9 +792,9 @@ class Experts(nn.Module):
 
 
 def has_grouped_mm(*tensors):
-    """Whether torch's grouped product takes these in the first one's dtype: on CUDA, rows of a multiple of 16
-    bytes. It needs no synchronization in bfloat16 on an H100 or a B200; elsewhere it multiplies expert by expert, as
-    below."""
+    """Whether torch's grouped product takes these in the first one's dtype: on CUDA, not in float64, with rows of a
+    multiple of 16 bytes. In bfloat16 on an H100 or a B200 it needs no synchronization; elsewhere it multiplies expert
+    by expert, as the code below does."""
     size = tensors[0].element_size()
     return all(t.is_cuda and t.dtype != torch.float64 and t.shape[-1] * size % 16 == 0 for t in tensors)
 
@@ -859,9 +853,10 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class ScaleForwardOnly(torch.autograd.Function):
-    """gpas in less memory: y = scale * x with dy/dx = I and dy/dscale = x. What is kept for the backward pass is x or,
-    with from_output, y, and x is then computed as y / scale. The one of the two that a neighbouring operation keeps in
-    any case costs no memory. A hook must not change y in place: it would change what is kept."""
+    """gpas in less memory: y = scale * x with dy/dx = I and dy/dscale = x. Of a gradient g of y, scale gets the sum of
+    g * x. For it x is kept or, with from_output, y, whose sum of g * y is divided by scale. The one of the two that a
+    neighbouring operation keeps in any case costs no memory. A hook must not change y in place: it would change what is
+    kept."""
 
     generate_vmap_rule = True  # for batched backward passes, such as those of a Jacobian
 
@@ -888,9 +883,9 @@ class ScaleForwardOnly(torch.autograd.Function):
 
 
 def rotary_table(n, head_dim, theta, scaling, like):
-    """For `rotate`, (2, n, head_dim): cosine and, negative in the first half, sine of the angles m * theta^(-2i /
-    head_dim) at positions m = 0 .. n - 1. `scaling` is GPTConfig's rope_scaling; on the device of the tensor `like`,
-    in at least float32."""
+    """The table for `rotate`, (2, n, head_dim), of the angles m * theta^(-2i / head_dim) at positions m = 0 .. n - 1:
+    their cosines, then their sines, negative in the first half. In at least float32, on the device of the tensor
+    `like`; `scaling` is GPTConfig's rope_scaling."""
     options = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
     frequency = theta ** -(torch.arange(0, head_dim, 2, **options) / head_dim)
     if scaling:

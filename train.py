@@ -233,7 +233,7 @@ def main():
 
 def train(checkpoint, data, setup, stop):
     """Trains a new model, or goes on from a checkpoint: its run if settings.init_from is "resume", else its weights."""
-    settings, processes, autocast = setup.settings, setup.processes, setup.autocast
+    settings, processes = setup.settings, setup.processes
     resumed = checkpoint if settings.init_from == "resume" else None  # the checkpoint of the run that goes on
     model = build_model(data.config, checkpoint and checkpoint["model"], setup, is_new=resumed is None)
     trained = {p for p in model.parameters() if p.requires_grad}  # LISA thaws no other
@@ -290,12 +290,12 @@ def train(checkpoint, data, setup, stop):
             # share of them, n / n_targets. DDP and FSDP divide the sum of gradients by the number of processes: the
             # factor processes.size undoes this.
             n_targets = processes.sum(sum(n for *_, n in batches))[0]
-            loss = 0
             if not n_targets:
                 raise UserError(f"step {step} has no token to predict: all are prompts, or cut off before the answer")
+            loss = 0
             for i, (x, y, n) in enumerate(batches):
                 net.require_backward_grad_sync = i == len(batches) - 1  # DDP exchanges gradients once a step
-                with autocast():
+                with setup.autocast():
                     part = net(x, y)[1] * (n * processes.size / n_targets)
                 part.backward()
                 loss = loss + part.detach() / processes.size
@@ -387,7 +387,7 @@ def clip(parameters, largest):
 
 
 def gradient_norms(model):
-    """Norm of the gradient of each layer's parameters, a list; what is frozen has none."""
+    """Norm of the gradient of each layer's parameters, a list; what is frozen counts as 0."""
     grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in model.blocks]
     return [whole(torch.nn.utils.get_total_norm(of_layer)).item() for of_layer in grads]
 
@@ -400,8 +400,9 @@ OF_ONE_CALL = "out_dir init_from overwrite eval_only sample dry_run gpus jobs de
 
 
 def settings_of_run(given):
-    """{name: value}, what is given and, where it leaves it open, what an earlier run hands on: its settings or, for
-    fine-tuning, its architecture. Also the run's checkpoint, None for a new run. UserError if the two contradict."""
+    """The settings of the run, {name: value}: what is given, and for the rest what an earlier run hands on, its
+    settings or, for fine-tuning, its architecture alone. Also that run's checkpoint, None for a new run. UserError if
+    what is given contradicts it."""
     init_from = given.get("init_from", "scratch")
     is_call = given.get("eval_only") or given.get("sample") is not None
     if init_from == "scratch" and not is_call:
@@ -508,7 +509,8 @@ class Setup:
 
 
 def set_up(settings, processes):
-    """The Setup that the settings ask for and the machine has."""
+    """The Setup that the settings ask for and the machine has. The machine is prepared too: this process's GPU, TF32,
+    and on a CPU keep_freed_memory."""
     is_training = not settings.eval_only and settings.sample is None
     if is_training and settings.gradient_accumulation_steps % processes.size:
         n = settings.gradient_accumulation_steps
@@ -618,7 +620,7 @@ def open_data(checkpoint, setup):
 
 
 def data_folder(settings, processes):
-    """Folder of the data set. The default one is prepared by one process if it is missing; UserError for any other."""
+    """Folder of the data set. The default one is prepared by one process if it is missing; UserError if another is."""
     if processes.rank == 0 and settings.dataset == "stdlib" and not (Path(settings.data_dir) / "stdlib").is_dir():
         print("preparing the default data set, this machine's Python standard library")
         prepare_data.prepare(prepare_data.Settings(data_dir=settings.data_dir))
@@ -727,9 +729,9 @@ def whole(tree, keep=True):
 
 
 def exchange_gradients(model, setup):
-    """The model as the steps call it: under several processes, each with the whole model, in DDP, which exchanges what
-    requires a gradient when it is made (so LISA makes it anew at each draw). FSDP exchanges gradients in each
-    micro-step, since the sum of what is not yet exchanged is as large as the whole model."""
+    """The model as the steps call it. Where several processes each hold the whole model, it is in DDP, which exchanges
+    the gradients of what requires one when DDP is made (so LISA makes it anew at each draw). FSDP exchanges gradients
+    in each micro-step: to add them up first would take as much memory as the whole model."""
     if setup.processes.size == 1 or setup.settings.shard:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -1145,7 +1147,8 @@ def flat(record):
 
 
 def first_non_finite(model, batches, setup):
-    """In words, where the first non-finite value of a forward and backward pass over `batches` arises; None if nowhere.
+    """In words, the first value that is not finite: of the parameters, else of a forward and backward pass over
+    `batches`; None if there is none.
 
     Hooks see each module's output as it is computed, the innermost first, and then the gradients in their order. No
     early return: the processes of a sharded model pass through it together.
@@ -1236,7 +1239,7 @@ class Processes:
     store: dist.Store | None = None  # what they share besides tensors
 
     def sum(self, *values):
-        """The sum over the processes of each of some numbers, in float64."""
+        """The sum over the processes of each of some numbers, in float64; of one process the numbers themselves."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
@@ -1381,8 +1384,8 @@ class Trial:
     started: float = 0.0  # when its process did (time.time())
 
     def update(self):
-        """Notes step, loss and that it diverged from the run's log. A log that is older than its process, where it has
-        one, is an earlier run's."""
+        """Notes from the run's log its step, its loss and whether it diverged. A log that is older than its process,
+        where it has one, is an earlier run's."""
         log = self.folder / "log.jsonl"
         try:
             records = read_log(log) if os.path.getmtime(log) >= self.started else []
@@ -1407,8 +1410,8 @@ def sweep(given, processes, stop):
     """Trains every combination of the settings that are lists, several at a time, each in its own folder in out_dir.
 
     What is finished there is not repeated, unless with overwrite; what was interrupted goes on. UserError before the
-    first one starts for a mistake in any of them, and at the end if a run has failed; a run that diverges has an
-    outcome too.
+    first one starts for a mistake in any of them, and at the end if a run has failed. A run that diverged counts as
+    finished: it has not failed, and is not repeated.
     """
     lists = {name: values for name, values in given.items() if isinstance(values, list)}
     names = ", ".join(lists)
@@ -1496,7 +1499,8 @@ def build_trial(folder, given):
 
 
 def train_trials(trials, stop):
-    """Trains the runs without an outcome, as many at a time as there are GPUs or cores, and gives them one."""
+    """Trains the runs without an outcome and gives each its own; settings.jobs at a time or, where that is not given,
+    as many as there are GPUs or cores, or one where they share a device."""
     waiting = [trial for trial in trials if not trial.outcome]
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     places = [{"OMP_NUM_THREADS": "1"}] * n_cores  # environment variables that give a run its core or GPU

@@ -16,6 +16,7 @@
     config/peri_400m.py --seed=1                              Peri-LN Table 4, five seeds, any placement
     config/peri_1500m.py                                      also peri_3200m
     config/peri_400m.py --init_variance=2                     Table 9, the initialization; also 10, 1, 0.1
+    config/peri_400m.py --init=xavier                         Table 8
     config/peri_400m.py --weight_decay=0.0033                 Table 7; also 0, 0.33
     config/peri_1500m.py --qk_norm=head --qk_norm_type=layernorm                     Table 6
     config/peri_sft.py --init_from=out-peri                   appendix D.2, fine-tuning

@@ -2,11 +2,11 @@
 
 Data: 30B tokens of DCLM with cl100k_base (prepare_data.py has that tokenizer, once downloaded). The learning rates are
 2e-3 for Pre-LN and Peri-LN, lower for Post-LN (Figure 12).
-Inferred, since most settings "follow those of the DCLM experiments": beta2 0.95, clipping at 1, a decay to 1 % and a
-z-loss of 1e-4 on the head are those of DCLM's 411m_1x. (Its QK-norm is an ablation in Peri-LN, so it is off here:
-Table 6 is --qk_norm=head --qk_norm_type=layernorm.) Another learning rate needs its own --min_lr. Inferred from the
-sizes in Table 4: an MLP of 4 n_embd, which gives 403M, 1.61B and 3.36B. Whether the initialization sweep of Table 9
-draws the embedding too is not stated (embed_std says so here).
+Inferred, since most settings "follow those of the DCLM experiments": AdamW (Table 2 says Adam, with a weight decay),
+beta2 0.95, clipping at 1, a decay to 1 % and a z-loss of 1e-4 on the head are those of DCLM's 411m_1x. (Its QK-norm is
+an ablation in Peri-LN, so it is off here: Table 6 is --qk_norm=head --qk_norm_type=layernorm.) Another learning rate
+needs its own --min_lr. Inferred from the sizes in Table 4: an MLP of 4 n_embd, which gives 403M, 1.61B and 3.36B. Not
+stated: whether Tables 8 and 9 draw the embedding otherwise too; here it keeps embed_std.
 """
 
 dataset = "dclm"

@@ -3,7 +3,7 @@
 Data: with the tokenizer of the run that is tuned (cl100k_base); offline stand-in: local .jsonl of prompts and answers.
 A row is one conversation, of any length that the model was trained on. 15 x 1,000 / 128 are about 117 steps; some more
 with the 30 longer dialogues of the published set, some fewer for what is held out (prepare_data.py --val_fraction). Not
-stated: decay to 0, no warm-up, clipping at 1.0.
+stated: Adam's betas (here its defaults), no weight decay, decay to 0, no warm-up, clipping at 1.0.
 """
 
 dataset = "lima"
