@@ -1187,10 +1187,12 @@ def label(axis, xlabel, ylabel):
 
 
 def legend(fig, axes):
-    """One legend for all axes, below them, where there are several lines."""
+    """One legend for all axes, below them, where there are several lines; the figure grows by its height."""
     handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     if len(handles) > 1:
-        columns = min(len(handles), 4 if len(handles) <= 12 else 8)
+        width = 0.6 + 0.07 * max(map(len, handles))  # inches of a column, about
+        columns = min(len(handles), max(1, int(fig.get_figwidth() / width)))
+        fig.set_figheight(fig.get_figheight() + 0.17 * math.ceil(len(handles) / columns))
         box = fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
         for text in box.get_texts():
             text.set_parse_math(False)

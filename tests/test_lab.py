@@ -182,6 +182,21 @@ def test_figures(sweep, monkeypatch, capsys):
         assert text.lstrip().startswith("<?xml") and len(text) < 150_000
 
 
+@pytest.mark.parametrize("n, name", [(3, "pre"), (40, "gpas_scaled_init"), (6, "norm, weight_decay=0.1, batch_size=8")])
+@pytest.mark.parametrize("n_columns", [1, 2, 3])
+def test_a_legend_lies_within_its_figure(tmp_path, monkeypatch, n, name, n_columns):
+    pytest.importorskip("matplotlib")
+    figures, lines = [], {f"{name} {i}": (range(3), range(3)) for i in range(n)}
+    monkeypatch.setattr(analyze, "save", lambda fig, *_: figures.append(fig))
+    analyze.draw_lines(tmp_path / "lines.svg", "title", "layer", {"variance": lines, "gates": lines}, (), n_columns)
+    analyze.draw_lines(tmp_path / "lines.svg", "title", "layer", {"variance": lines}, (), n_columns)
+    for fig in figures:
+        fig.draw_without_rendering()
+        box = fig.legends[0].get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= fig.bbox.x1 and box.y0 >= 0
+        assert fig.axes[0].get_window_extent().height > fig.dpi  # an inch
+
+
 def test_only_names_hold_no_formulas(tmp_path, monkeypatch):
     """A folder's name may hold $; the numbers of a logarithmic axis are formulas."""
     pytest.importorskip("matplotlib")
