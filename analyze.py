@@ -171,7 +171,7 @@ def as_function(measure):
     def function(model, batches, **options):
         return one_pass(model, batches, {"alone": measure(model, **options)})["alone"]
 
-    function.__name__, function.__doc__ = measure.__name__, measure.__doc__
+    function.__doc__ = measure.__doc__
     return function
 
 
@@ -1542,8 +1542,8 @@ def plus_minus(values, digits=4, standard_error=False):
 
 
 def sweep_tables(runs, baseline):
-    """Markdown, two tables: each group of runs that differ only in the seed, compared with the baseline at the same
-    learning rate; and each at its best learning rate, compared with the baseline at the baseline's best."""
+    """Markdown: a table of the groups of runs that differ only in the seed, each compared with the baseline at the same
+    learning rate; and, where rates differ, one of each at its best, compared with the baseline at its own best."""
     names = [name for name in runs[0]["settings"] if name != "seed"]
     titles = list(dict.fromkeys(title for entry in runs for title in entry["totals"]))
     head = [*names, "held-out loss, nats", f"minus {names[0]}={baseline}", "diverged", "unfinished"]

@@ -854,9 +854,9 @@ class GroupedLinear(torch.autograd.Function):
 
 class ScaleForwardOnly(torch.autograd.Function):
     """gpas in less memory: y = scale * x with dy/dx = I and dy/dscale = x. Of a gradient g of y, scale gets the sum of
-    g * x. For it x is kept or, with from_output, y, whose sum of g * y is divided by scale. The one of the two that a
-    neighbouring operation keeps in any case costs no memory. A hook must not change y in place: it would change what is
-    kept."""
+    g * x. For this x is kept or, with from_output, y: the sum of g * y, divided by scale, is the same up to rounding.
+    The one of the two that a neighbouring operation keeps in any case costs no memory. A hook must not change y in
+    place: it would change what is kept."""
 
     generate_vmap_rule = True  # for batched backward passes, such as those of a Jacobian
 

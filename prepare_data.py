@@ -172,7 +172,7 @@ def find_data(dataset, data_dir, split):
         if shard_paths(folder, split):
             return folder
         if folder.is_dir() and split == "train":
-            raise UserError(f"{folder} holds no train shards (train_*.bin)")
+            raise UserError(f"{folder} holds no train shards (train_*.bin or train.bin)")
     if Path(dataset).name != dataset:
         raise UserError(f"no data set: {dataset} is no folder with {split} shards, in {data_dir}/ or by itself")
     source = "" if dataset in (*CORPORA, "stdlib") else "--input=PATH "
@@ -276,7 +276,7 @@ class TokenData:
 def document_starts(shards, offsets, eot):
     """Positions in a split (its shards one after the other) of the end-of-text tokens before a text: an int64 array.
     `offsets` are the positions of the shards, and of the split's end."""
-    ends = []  # of the texts, and of the split
+    ends = []  # positions of the end-of-text tokens, and the end of the split
     for tokens, offset in zip(shards, offsets):
         for start in range(0, len(tokens), JOB):
             ends.append(offset + start + np.flatnonzero(tokens[start : start + JOB] == eot))
@@ -605,6 +605,8 @@ def locked(folder, work):
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
+        fcntl = None
+    if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1410,8 +1410,8 @@ def sweep(given, processes, stop):
     """Trains every combination of the settings that are lists, several at a time, each in its own folder in out_dir.
 
     What is finished there is not repeated, unless with overwrite; what was interrupted goes on. UserError before the
-    first one starts for a mistake in any of them, and at the end if a run has failed. A run that diverged counts as
-    finished: it has not failed, and is not repeated.
+    first one starts for a mistake in any of them, and at the end if a run has failed. A run that diverged has
+    not failed, and is not repeated.
     """
     lists = {name: values for name, values in given.items() if isinstance(values, list)}
     names = ", ".join(lists)
@@ -1499,8 +1499,8 @@ def build_trial(folder, given):
 
 
 def train_trials(trials, stop):
-    """Trains the runs without an outcome and gives each its own; settings.jobs at a time or, where that is not given,
-    as many as there are GPUs or cores, or one where they share a device."""
+    """Trains the runs that have no outcome and notes theirs: settings.jobs at a time or, where that is not given, as
+    many as there are GPUs or cores, or one where they share a device. A run that is stopped has none."""
     waiting = [trial for trial in trials if not trial.outcome]
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     places = [{"OMP_NUM_THREADS": "1"}] * n_cores  # environment variables that give a run its core or GPU

@@ -240,11 +240,12 @@ def analysis(c):
 
     idx, model = random_tokens(c)[:4], build(c, "gpas_pre", n_layer=4)
     on_cpu = copy.deepcopy(model).cpu()
-    for measure in (analyze.stream, analyze.removal, analyze.angular_distance):
+    for name in ("stream", "removal", "angular_distance"):
+        measure = getattr(analyze, name)
         a, b = measure(model, [(idx, idx)]), measure(on_cpu, [(idx.cpu(), idx.cpu())])
         a, b = (result if isinstance(result, dict) else {"": result} for result in (a, b))
         b.pop("top_state", None)  # the states of equal values may change places
-        yield measure.__name__, {"difference": max(distances(a, b).values())}
+        yield name, {"difference": max(distances(a, b).values())}
 
 
 def llama(c):
