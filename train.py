@@ -1410,8 +1410,8 @@ def sweep(given, processes, stop):
     """Trains every combination of the settings that are lists, several at a time, each in its own folder in out_dir.
 
     What is finished there is not repeated, unless with overwrite; what was interrupted goes on. UserError before the
-    first one starts for a mistake in any of them, and at the end if a run has failed. A run that diverged has
-    not failed, and is not repeated.
+    first one starts for a mistake in any of them, and at the end if a run has failed. A run that diverged has not
+    failed, and is not repeated.
     """
     lists = {name: values for name, values in given.items() if isinstance(values, list)}
     names = ", ".join(lists)
